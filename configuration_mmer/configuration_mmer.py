@@ -1,0 +1,184 @@
+"""MMERConfig: what a merged model is.
+
+Holds the base LLM's own config, the experts by name in a fixed order (their own configs, modalities and placeholder
+tokens), which tensors of the LLM carry deltas or per-expert copies, how the experts' parameters are recovered, and
+which route text takes. It is cross-checked when it is built, and survives JSON unchanged.
+"""
+
+import copy
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from .routes_mmer import AUTO, MODALITIES, ROUTE_NAMES
+
+DECOUPLING_KINDS = ("paper", "mask", "exact", "none")
+SCALE_KINDS = ("row", "tensor", "none")
+
+
+@strict
+class MMERConfig(PreTrainedConfig):
+    r"""
+    Args:
+        text_config: the base LLM's own config, unchanged.
+        experts: name -> {"config": the expert's own config as a dict,
+            "placeholders": {modality: {"token": str, "id": int}}}. The order of the names is the order of the masks:
+            route 2 + i is the i-th expert.
+        default_experts: modality -> the expert that encodes it when none is asked for. Filled with the first expert of
+            each modality when absent.
+        delta_modules: LLM modules whose weight has a merged vector, relative to the LLM ("layers.0.self_attn.q_proj",
+            "embed_tokens") or "lm_head".
+        expert_tensors: LLM tensors of which each expert keeps its own copy ("layers.0.input_layernorm.weight",
+            "layers.0.self_attn.q_proj.bias").
+        decoupling: {"kind": "paper" | "mask" | "exact" | "none", "scale": "row" | "tensor" | "none", "rank": int}.
+            `paper` is the mask alone, `exact` the correction alone (no mask), `none` a static merge.
+        added_tokens: [{"token": str, "id": int, "experts": [names]}], the tokens that the base does not have. Row j
+            of the second, small embedding matrix belongs to entry j.
+        text_route: "auto" (base without media, the expert when all media are its own, else merged), "base", "merged"
+            or an expert's name.
+
+    Raises:
+        ValueError: where the parts contradict one another; the message names the field, what was found, what is
+            allowed.
+    """
+
+    model_type = "mmer"
+    sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    text_config: dict | PreTrainedConfig | None = None
+    experts: dict[str, Any] | None = None
+    default_experts: dict[str, str] | None = None
+    delta_modules: list[str] | None = None
+    expert_tensors: list[str] | None = None
+    decoupling: dict[str, Any] | None = None
+    added_tokens: list[dict[str, Any]] | None = None
+    text_route: str = AUTO
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        self.experts = dict(self.experts or {})
+        self.delta_modules = list(self.delta_modules or [])
+        self.expert_tensors = list(self.expert_tensors or [])
+        self.decoupling = {"kind": "mask", "scale": "row", "rank": 0, **(self.decoupling or {})}
+        self.added_tokens = list(self.added_tokens or [])
+        super().__post_init__(**kwargs)
+        self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
+        self._check_experts()
+        self._check_defaults()
+        self._check_decoupling()
+        self._check_tokens()
+
+    # what the rooms ask of it
+
+    @property
+    def expert_names(self) -> list[str]:
+        return list(self.experts)
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits: the base's rows, and those of the added tokens that lie behind them."""
+        return max([self.text_config.vocab_size, *(token["id"] + 1 for token in self.added_tokens)])
+
+    @property
+    def num_routes(self) -> int:
+        return len(ROUTE_NAMES) + len(self.experts)
+
+    def modalities(self, expert: str) -> list[str]:
+        return list(self.experts[expert]["placeholders"])
+
+    def expert_config(self, expert: str) -> PreTrainedConfig:
+        """The expert's own config, as its class wants it."""
+        values = copy.deepcopy(self.experts[expert]["config"])
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+
+    def placeholder_experts(self) -> dict[int, int]:
+        """Token id of a placeholder -> index of the expert whose features stand there."""
+        return {
+            entry["id"]: index
+            for index, expert in enumerate(self.experts.values())
+            for entry in expert["placeholders"].values()
+        }
+
+    def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
+        """The LLM's config as generation sees it: `vocab_size` is the width of the logits, added tokens included."""
+        if self.vocab_size == self.text_config.vocab_size:
+            return self.text_config
+        widened = copy.copy(self.text_config)
+        widened.vocab_size = self.vocab_size
+        return widened
+
+    # cross-checks
+
+    def _check_experts(self):
+        for name, expert in self.experts.items():
+            if name in (AUTO, *ROUTE_NAMES) or not name.replace("-", "_").isidentifier():
+                raise ValueError(
+                    f"experts: {name!r} cannot name an expert: use letters, digits, '_' and '-', "
+                    f"and none of {[AUTO, *ROUTE_NAMES]}"
+                )
+            missing = {"config", "placeholders"} - set(expert)
+            if missing:
+                raise ValueError(f"experts.{name}: {sorted(missing)} missing, found {sorted(expert)}")
+            if "model_type" not in expert["config"]:
+                raise ValueError(f"experts.{name}.config: no model_type, so its class cannot be known")
+            unknown = set(expert["placeholders"]) - set(MODALITIES)
+            if unknown or not expert["placeholders"]:
+                found = sorted(expert["placeholders"])
+                raise ValueError(f"experts.{name}.placeholders: found {found}, expected some of {list(MODALITIES)}")
+        if self.text_route not in (AUTO, *ROUTE_NAMES, *self.experts):
+            raise ValueError(
+                f"text_route: found {self.text_route!r}, expected one of {[AUTO, *ROUTE_NAMES, *self.experts]}"
+            )
+
+    def _check_defaults(self):
+        first = {}
+        for name in self.experts:
+            for modality in self.modalities(name):
+                first.setdefault(modality, name)
+        self.default_experts = {**first, **(self.default_experts or {})}
+        for modality, name in self.default_experts.items():
+            if name not in self.experts or modality not in self.experts[name]["placeholders"]:
+                raise ValueError(f"default_experts.{modality}: {name!r} is not an expert with that modality")
+
+    def _check_decoupling(self):
+        kind, scale, rank = (self.decoupling[key] for key in ("kind", "scale", "rank"))
+        extra = set(self.decoupling) - {"kind", "scale", "rank"}
+        if extra:
+            raise ValueError(f"decoupling: unknown {sorted(extra)}, expected kind, scale and rank")
+        if kind not in DECOUPLING_KINDS:
+            raise ValueError(f"decoupling.kind: found {kind!r}, expected one of {list(DECOUPLING_KINDS)}")
+        if scale not in SCALE_KINDS:
+            raise ValueError(f"decoupling.scale: found {scale!r}, expected one of {list(SCALE_KINDS)}")
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
+            raise ValueError(f"decoupling.rank: found {rank!r}, expected a whole number of 0 or more")
+        if kind == "paper" and (scale != "none" or rank != 0):
+            raise ValueError(f"decoupling: kind 'paper' is the mask alone, but scale is {scale!r} and rank {rank}")
+        for field in ("delta_modules", "expert_tensors"):
+            names = getattr(self, field)
+            if len(set(names)) != len(names):
+                raise ValueError(f"{field}: {sorted({n for n in names if names.count(n) > 1})} named more than once")
+
+    def _check_tokens(self):
+        ids = [entry["id"] for expert in self.experts.values() for entry in expert["placeholders"].values()]
+        if len(set(ids)) != len(ids):
+            raise ValueError(f"experts: placeholder ids {ids} are not distinct, so a token's expert would be unclear")
+        added = [token["id"] for token in self.added_tokens]
+        if len(set(added)) != len(added):
+            raise ValueError(f"added_tokens: ids {added} are not distinct")
+        for token in self.added_tokens:
+            unknown = set(token["experts"]) - set(self.experts)
+            if unknown:
+                raise ValueError(
+                    f"added_tokens: {token['token']!r} belongs to {sorted(unknown)}, which are no experts"
+                )
+        homeless = [i for i in ids if i not in added and i >= self.text_config.vocab_size]
+        if homeless:
+            raise ValueError(
+                f"experts: placeholder ids {homeless} lie behind the vocabulary and are not in added_tokens"
+            )
+
+
+__all__ = ["MMERConfig"]

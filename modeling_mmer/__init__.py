@@ -1,0 +1,18 @@
+"""Media and text to logits: towers, routed LLM, generation."""
+
+from .modeling_mmer import MMERForConditionalGeneration, MMERModel, MMERPreTrainedModel
+from .routing_mmer import RoutePlan, pack_bits, route_scope, unpack_bits
+from .towers_mmer import build_tower, language_model_name, tower_features
+
+__all__ = [
+    "MMERForConditionalGeneration",
+    "MMERModel",
+    "MMERPreTrainedModel",
+    "RoutePlan",
+    "build_tower",
+    "language_model_name",
+    "pack_bits",
+    "route_scope",
+    "tower_features",
+    "unpack_bits",
+]

@@ -1,0 +1,124 @@
+"""`generate` for routed models.
+
+Enters: what the processor gives. The media are encoded once, before the loop, into `media_embeds` (batch, sequence,
+hidden), and the routes are settled once into `route_ids` (batch, sequence) and `text_route` (batch,). All three have
+the batch in front, so beams and several return sequences repeat them with the ids, and every step cuts its window out
+of them by position. Invariant: a sample in a batch, a chunk or a beam computes what it computes alone.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from transformers import GenerationMixin
+
+from configuration_mmer.routes_mmer import BASE_ROUTE, named_route
+
+from .routing_mmer import RoutedWeight
+
+
+class MMERGenerationMixin(GenerationMixin):
+    @torch.no_grad()
+    def generate(self, inputs: torch.Tensor | None = None, generation_config=None, **kwargs):
+        """As GenerationMixin.generate, and: `text_route`, one of auto, base, merged, an expert's name, or one name a
+        sample.
+
+        Raises ValueError where placeholders, media and experts do not fit together, before anything is generated.
+        """
+        input_ids = kwargs.get("input_ids", inputs)
+        media = self.model.media_inputs(kwargs)
+        if input_ids is not None and kwargs.get("inputs_embeds") is None:
+            if kwargs.get("media_embeds") is None and (media or self._has_placeholders(input_ids)):
+                kwargs["media_embeds"] = self.model.embed_media(input_ids, media)
+            self._settle_routes(input_ids, kwargs)
+        elif media:
+            raise ValueError(f"media of {sorted(media)} need input_ids: their placeholders say where features go")
+        return super().generate(inputs, generation_config, **kwargs)
+
+    def _has_placeholders(self, input_ids: torch.Tensor) -> bool:
+        return any(bool((input_ids == token_id).any()) for token_id in self.config.placeholder_experts())
+
+    def _settle_routes(self, input_ids: torch.Tensor, kwargs: dict):
+        """Put `route_ids` and `text_route` as tensors into `kwargs`, as long as the attention mask, and keep the
+        routes.
+        """
+        route_ids, text_route = kwargs.get("route_ids"), kwargs.get("text_route")
+        if route_ids is None or not isinstance(text_route, torch.Tensor):
+            if text_route is None:
+                text_route = getattr(kwargs.get("past_key_values"), "mmer_text_route", None)
+            route_ids, text_route = self.model.routes(input_ids, text_route)
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.shape[-1] > input_ids.shape[1]:
+            # only the new tokens of a conversation whose beginning is in the cache
+            before = mask.shape[-1] - input_ids.shape[1]
+            route_ids = torch.cat([text_route.unsqueeze(-1).expand(-1, before), route_ids], dim=-1)
+            if kwargs.get("media_embeds") is not None:
+                kwargs["media_embeds"] = nn.functional.pad(kwargs["media_embeds"], (0, 0, before, 0))
+        kwargs["route_ids"], kwargs["text_route"] = route_ids, text_route
+        # settled for all steps: one step of a mixed conversation may well have only base tokens
+        kwargs["base_only"] = bool((route_ids == BASE_ROUTE).all())
+        self._hold({*getattr(self, "_asked_routes", ()), *text_route.unique().tolist()})
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        next_sequence_length=None,
+        past_key_values=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        is_first_iteration=False,
+        route_ids=None,
+        text_route=None,
+        media_embeds=None,
+        **kwargs,
+    ):
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        if text_route is None:
+            return model_inputs
+        ids = model_inputs.get("input_ids")
+        length = (model_inputs["inputs_embeds"] if ids is None else ids).shape[1]
+        # where these ids stand in the sequence; generate drops an attention mask of ones, so the cache has to tell
+        start = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        model_inputs["text_route"] = text_route
+        model_inputs["route_ids"] = _window(route_ids, start, start + length, text_route)
+        if media_embeds is not None and start < media_embeds.shape[1]:
+            media = media_embeds[:, start : start + length]
+            model_inputs["media_embeds"] = nn.functional.pad(media, (0, 0, 0, length - media.shape[1]))
+        return model_inputs
+
+    def compute_transition_scores(self, sequences, scores, beam_indices=None, normalize_logits=False):
+        # text alone is scored over the base's vocabulary, without the columns of the added tokens
+        missing = self.config.vocab_size - scores[0].shape[-1]
+        scores = tuple(nn.functional.pad(step, (0, missing), value=-torch.inf) for step in scores)
+        return super().compute_transition_scores(sequences, scores, beam_indices, normalize_logits)
+
+    # weights at hand
+
+    def keep_routes(self, routes: Iterable[str]):
+        """Hold the weights of these routes (`merged`, experts' names) instead of making them in every forward.
+
+        Costs one copy of the routed weights a route. The routes of the latest `generate` are held besides;
+        `keep_routes([])` lets all go. Results do not change by a bit. Raises ValueError for an unknown route.
+        """
+        self._asked_routes = tuple(named_route(name, self.config.expert_names) for name in routes)
+        self._hold(set(self._asked_routes))
+
+    def _hold(self, routes: set[int]):
+        for module in self.modules():
+            if isinstance(module, RoutedWeight):
+                module.keep_(sorted(routes))
+
+
+def _window(route_ids: torch.Tensor, start: int, end: int, text_route: torch.Tensor) -> torch.Tensor:
+    """`route_ids[:, start:end]`; positions behind the prompt were generated and take the sample's text route."""
+    known = route_ids[:, start:end]
+    behind = end - start - known.shape[1]
+    return torch.cat([known, text_route.unsqueeze(-1).expand(-1, behind)], dim=-1)

@@ -1,0 +1,365 @@
+"""MMERForConditionalGeneration: several experts and their base in one model.
+
+Enters: token ids, the experts' media tensors under "<expert>.<name>", and the routes (the processor makes all of
+them). In order: towers -> features at the placeholders -> routed LLM -> logits. Leaves: logits (batch, positions,
+vocabulary). Invariants: with the base route alone the LLM computes what the base's own class computes, bit for bit;
+routing depends on the ids and the routes that were passed, never on the state of a cache.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from configuration_mmer.configuration_mmer import MMERConfig
+from configuration_mmer.export_mmer import HubCodeMixin
+from configuration_mmer.routes_mmer import AUTO, BASE_ROUTE, named_route, route_tokens
+
+from .generation_mmer import MMERGenerationMixin
+from .routing_mmer import RoutedWeight, RoutePlan, embed_rows, install_routing, route_scope, route_weight_of
+from .towers_mmer import build_tower, has_media, tower_features
+
+TextRoute = str | list[str] | torch.Tensor
+
+
+@dataclass
+class MMERModelOutputWithPast(BaseModelOutputWithPast):
+    """`plan` is the route plan of the tokens of this forward; the head follows it."""
+
+    plan: RoutePlan | None = None
+
+
+class MMERPreTrainedModel(HubCodeMixin, PreTrainedModel):
+    config: MMERConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "video", "audio", "point_cloud", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+
+    def initialize_weights(self):
+        # modules inside the LLM are initialised by its own class, which knows nothing of what routing adds to them
+        super().initialize_weights()
+        added = ("delta", "masks", "scales", "correction_a", "correction_b")
+        for module in self.modules():
+            for name, parameter in module._parameters.items():
+                ours = name.startswith(("expert_", "merged_")) or (isinstance(module, RoutedWeight) and name in added)
+                if ours and parameter is not None and not getattr(parameter, "_is_hf_initialized", False):
+                    init.zeros_(parameter)
+
+
+class MMERModel(MMERPreTrainedModel):
+    """Towers, embeddings and the routed LLM: everything but the head."""
+
+    def __init__(self, config: MMERConfig):
+        super().__init__(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        inner = [name for name in config.delta_modules if name != "lm_head"]
+        install_routing(self.language_model, inner, config.expert_tensors, len(config.experts), config.decoupling)
+        # sdpa is what every class picks by itself where it can; anything else was asked for
+        asked = None if config._attn_implementation in (None, "sdpa") else config._attn_implementation
+        self.experts = nn.ModuleDict({name: build_tower(config.expert_config(name), asked) for name in config.experts})
+        if config.added_tokens:
+            self.added_embeddings = nn.Embedding(len(config.added_tokens), config.text_config.hidden_size)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.language_model.set_input_embeddings(value)
+
+    # media
+
+    def media_inputs(self, kwargs: dict) -> dict[str, dict[str, torch.Tensor]]:
+        """Take the "<expert>.<name>" entries out of `kwargs`: {expert: {name: tensor}}. Raises ValueError for an
+        unknown expert.
+        """
+        media: dict[str, dict[str, torch.Tensor]] = {}
+        for key in [key for key in kwargs if "." in key]:
+            expert, _, name = key.partition(".")
+            if expert not in self.experts:
+                raise ValueError(f"{key!r} is for an expert {expert!r}, but this model has {self.config.expert_names}")
+            value = kwargs.pop(key)
+            if value is not None:
+                media.setdefault(expert, {})[name] = value
+        return media
+
+    def get_media_features(self, expert: str, modality: str, **inputs: torch.Tensor) -> torch.Tensor:
+        """Features (tokens of all items, hidden) by the expert's own tower, from the tensors of its own processor."""
+        return tower_features(self.experts[expert], modality, inputs)
+
+    def get_image_features(self, expert: str | None = None, **inputs: torch.Tensor) -> torch.Tensor:
+        return self.get_media_features(expert or self._default_expert("image"), "image", **inputs)
+
+    def get_video_features(self, expert: str | None = None, **inputs: torch.Tensor) -> torch.Tensor:
+        return self.get_media_features(expert or self._default_expert("video"), "video", **inputs)
+
+    def get_audio_features(self, expert: str | None = None, **inputs: torch.Tensor) -> torch.Tensor:
+        return self.get_media_features(expert or self._default_expert("audio"), "audio", **inputs)
+
+    def get_point_cloud_features(self, expert: str | None = None, **inputs: torch.Tensor) -> torch.Tensor:
+        return self.get_media_features(expert or self._default_expert("point_cloud"), "point_cloud", **inputs)
+
+    def _default_expert(self, modality: str) -> str:
+        if modality not in self.config.default_experts:
+            raise ValueError(f"no expert of this model takes {modality}: it has {self.config.default_experts}")
+        return self.config.default_experts[modality]
+
+    def embed_media(self, input_ids: torch.LongTensor, media: dict[str, dict[str, torch.Tensor]]) -> torch.Tensor:
+        """(batch, sequence, hidden): the features at their placeholders, zeros elsewhere. One encoder run for all.
+
+        Raises ValueError where placeholders and features do not match in number.
+        """
+        table = self.get_input_embeddings().weight
+        embeds = torch.zeros((*input_ids.shape, table.shape[-1]), dtype=table.dtype, device=input_ids.device)
+        for expert, entry in self.config.experts.items():
+            for modality, placeholder in entry["placeholders"].items():
+                here = input_ids == placeholder["id"]
+                inputs = media.get(expert, {})
+                count, token = int(here.sum()), placeholder["token"]
+                if not has_media(modality, inputs):
+                    if count:
+                        raise ValueError(
+                            f"{count} {token} tokens stand in the text, but no {modality} came with them: "
+                            "pass the processor's whole output"
+                        )
+                    continue
+                features = self.get_media_features(expert, modality, **inputs).to(embeds.device, embeds.dtype)
+                if count != features.shape[0]:
+                    raise ValueError(
+                        f"{modality} of expert {expert!r}: {count} {token} tokens in the text, "
+                        f"{features.shape[0]} features from its tower"
+                    )
+                embeds = embeds.masked_scatter(here.unsqueeze(-1), features)
+        return embeds
+
+    def embed(self, input_ids: torch.LongTensor, media_embeds: torch.Tensor | None) -> torch.Tensor:
+        """(batch, sequence, hidden): the LLM's rows by route, the added tokens' rows, the media's features."""
+        embeddings = self.get_input_embeddings()
+        if not self.config.added_tokens:
+            embeds = embeddings(input_ids)
+        else:
+            ids = torch.tensor([token["id"] for token in self.config.added_tokens], device=input_ids.device)
+            match = input_ids.unsqueeze(-1) == ids  # (batch, sequence, added tokens)
+            added = match.any(-1)
+            embeds = embeddings(input_ids.masked_fill(added, 0))
+            if added.any():
+                rows = self.added_embeddings.weight[match[added].to(torch.uint8).argmax(-1)]
+                rows = embed_rows(embeddings, rows, rows.shape[:1]).to(embeds.dtype)
+                embeds = embeds.masked_scatter(added.unsqueeze(-1), rows)
+        media = torch.zeros_like(input_ids, dtype=torch.bool)
+        for token_id in self.config.placeholder_experts():
+            media = media | (input_ids == token_id)
+        if media_embeds is not None:
+            embeds = torch.where(media.unsqueeze(-1), media_embeds.to(embeds.dtype), embeds)
+        elif media.any():
+            self.embed_media(input_ids, {})  # raises, naming the placeholder
+        return embeds
+
+    # routes
+
+    def routes(self, input_ids: torch.LongTensor, text_route: TextRoute | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(`route_ids`, `text_route`) from the placeholders, as the processor makes them."""
+        config = self.config
+        wanted = config.text_route if text_route is None else text_route
+        return route_tokens(input_ids, config.placeholder_experts(), config.expert_names, wanted)
+
+    def _plan(
+        self, input_ids, inputs_embeds, route_ids, text_route, past_key_values
+    ) -> tuple[RoutePlan, torch.Tensor]:
+        if route_ids is not None and isinstance(text_route, torch.Tensor):
+            return RoutePlan(route_ids), text_route
+        if text_route is None and route_ids is None:
+            # a decoding loop of the user's own passes neither: what the prompt was given travels with its cache
+            text_route = getattr(past_key_values, "mmer_text_route", None)
+        if input_ids is not None:
+            derived, text_route = self.routes(input_ids, text_route)
+            return RoutePlan(derived if route_ids is None else route_ids), text_route
+        if not isinstance(text_route, torch.Tensor):
+            name = self.config.text_route if text_route is None else text_route
+            names = [name] * inputs_embeds.shape[0] if isinstance(name, str) else name
+            text_route = torch.tensor(
+                [BASE_ROUTE if n == AUTO else named_route(n, self.config.expert_names) for n in names],
+                device=inputs_embeds.device,
+            )
+        if route_ids is None:
+            route_ids = text_route.unsqueeze(-1).expand(inputs_embeds.shape[:2])
+        return RoutePlan(route_ids), text_route
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        route_ids: torch.LongTensor | None = None,
+        text_route: TextRoute | None = None,
+        media_embeds: torch.FloatTensor | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> MMERModelOutputWithPast:
+        """
+        route_ids: (batch, sequence) int64, text_route: (batch,) int64 or route names; derived from the placeholders
+        when absent. media_embeds: (batch, sequence, hidden), features already at their placeholders (`embed_media`).
+        Media tensors come as "<expert>.<name>". mm_token_type_ids is accepted because processors make it; routes do
+        not need it.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass input_ids or inputs_embeds: exactly one of the two")
+        media = self.media_inputs(kwargs)
+        if media and media_embeds is None:
+            if input_ids is None:
+                raise ValueError(f"media of {sorted(media)} need input_ids: their placeholders say where features go")
+            media_embeds = self.embed_media(input_ids, media)
+        plan, text_route = self._plan(input_ids, inputs_embeds, route_ids, text_route, past_key_values)
+        with route_scope(plan):
+            if inputs_embeds is None:
+                inputs_embeds = self.embed(input_ids, media_embeds)
+            outputs = self.language_model(
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                mmer_plan=plan,
+                **kwargs,
+            )
+        if outputs.past_key_values is not None:
+            outputs.past_key_values.mmer_text_route = text_route
+        return MMERModelOutputWithPast(**outputs, plan=plan)
+
+
+class MMERForConditionalGeneration(MMERPreTrainedModel, MMERGenerationMixin):
+    """The model that users load: `AutoModel.from_pretrained("org/mmer-…", trust_remote_code=True)`."""
+
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: MMERConfig):
+        super().__init__(config)
+        text = config.text_config
+        self.model = MMERModel(config)
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        tied = text.tie_word_embeddings
+        if ("embed_tokens" if tied else "lm_head") in config.delta_modules:
+            route_weight_of(self.lm_head, len(config.experts), config.decoupling)
+        shared = [name for name, value in self.lm_head._parameters.items() if value is not None] if tied else []
+        self._tied_weights_keys = {f"lm_head.{name}": f"model.language_model.embed_tokens.{name}" for name in shared}
+        if config.added_tokens and not tied:
+            self.added_head = nn.Linear(text.hidden_size, len(config.added_tokens), bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def set_output_embeddings(self, value):
+        self.lm_head = value
+
+    # logits
+
+    def _scaled(self, logits: torch.Tensor) -> torch.Tensor:
+        """What the base's ForCausalLM class does to its logits: granite divides, cohere multiplies, gemma2 caps."""
+        text = self.config.text_config
+        if text.model_type.startswith("granite"):
+            logits = logits / text.logits_scaling
+        if text.model_type.startswith("cohere") and text.logit_scale is not None:
+            logits = logits * text.logit_scale
+        cap = getattr(text, "final_logit_softcapping", None)
+        if cap is not None:
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    def _logits(self, hidden: torch.Tensor, plan: RoutePlan, base_only: bool) -> torch.Tensor:
+        """(batch, positions, hidden) -> (batch, positions, vocabulary). Tokens a route does not know get -inf.
+
+        The added tokens' columns are left out with `base_only`: even a softmax over more columns rounds differently.
+        """
+        with route_scope(plan):
+            logits = self._scaled(self.lm_head(hidden))
+        config = self.config
+        if base_only or not config.added_tokens:
+            return logits
+        weight = (
+            self.model.added_embeddings.weight if config.text_config.tie_word_embeddings else self.added_head.weight
+        )
+        added = self._scaled(nn.functional.linear(hidden, weight.to(hidden.dtype))).to(logits.dtype)
+        known = torch.tensor(self._known_tokens(), device=hidden.device)[plan.route_ids.to(hidden.device)]
+        ids = torch.tensor([token["id"] for token in config.added_tokens], device=hidden.device)
+        width = config.vocab_size - logits.shape[-1]
+        logits = nn.functional.pad(logits, (0, width), value=-torch.inf)
+        return logits.index_copy(-1, ids, torch.where(known, added, logits[..., ids]))
+
+    def _known_tokens(self) -> list[list[bool]]:
+        """(routes, added tokens): an expert writes its own added tokens, the merged route all; placeholders nobody."""
+        config = self.config
+        words = [token["id"] not in config.placeholder_experts() for token in config.added_tokens]
+        experts = [
+            [word and name in token["experts"] for word, token in zip(words, config.added_tokens)]
+            for name in config.experts
+        ]
+        return [[False] * len(words), words, *experts]
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        route_ids: torch.LongTensor | None = None,
+        text_route: TextRoute | None = None,
+        media_embeds: torch.FloatTensor | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        base_only: bool | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Arguments as of MMERModel.forward; labels (batch, sequence) with -100 where no loss is taken.
+
+        logits: (batch, positions, config.vocab_size), or (batch, positions, config.text_config.vocab_size), the
+        base's own logits, with `base_only`. That is the default for a batch whose tokens all take the base route.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            route_ids=route_ids,
+            text_route=text_route,
+            media_embeds=media_embeds,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        whole = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        plan = outputs.plan if whole else outputs.plan.keep(kept)
+        base_only = outputs.plan.single == BASE_ROUTE if base_only is None else base_only
+        logits = self._logits(outputs.last_hidden_state[:, kept, :], plan, base_only)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
