@@ -6,9 +6,9 @@ which route text takes. It is cross-checked when it is built, and survives JSON 
 """
 
 import copy
+from dataclasses import field
 from typing import Any
 
-from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
@@ -18,14 +18,14 @@ DECOUPLING_KINDS = ("paper", "mask", "exact", "none")
 SCALE_KINDS = ("row", "tensor", "none")
 
 
-@strict
 class MMERConfig(PreTrainedConfig):
     r"""
     Args:
         text_config: the base LLM's own config, unchanged.
         experts: name -> {"config": the expert's own config as a dict,
-            "placeholders": {modality: {"token": str, "id": int}}}. The order of the names is the order of the masks:
-            route 2 + i is the i-th expert.
+            "placeholders": {modality: {"token": str, "id": int}}}.
+        expert_names: the experts in the order of the masks: route 2 + i is the i-th. JSON files of transformers sort
+            their keys, so the order stands by itself; it is that of `experts` when absent.
         default_experts: modality -> the expert that encodes it when none is asked for. Filled with the first expert of
             each modality when absent.
         delta_modules: LLM modules whose weight has a merged vector, relative to the LLM ("layers.0.self_attn.q_proj",
@@ -48,22 +48,24 @@ class MMERConfig(PreTrainedConfig):
     sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}
     keys_to_ignore_at_inference = ["past_key_values"]
 
-    text_config: dict | PreTrainedConfig | None = None
-    experts: dict[str, Any] | None = None
-    default_experts: dict[str, str] | None = None
-    delta_modules: list[str] | None = None
-    expert_tensors: list[str] | None = None
-    decoupling: dict[str, Any] | None = None
-    added_tokens: list[dict[str, Any]] | None = None
+    # its own class is settled by transformers: a dict or a config goes in, the config stays
+    text_config: Any = None
+    experts: dict[str, Any] = field(default_factory=dict)
+    expert_names: list[str] = field(default_factory=list)
+    default_experts: dict[str, str] = field(default_factory=dict)
+    delta_modules: list[str] = field(default_factory=list)
+    expert_tensors: list[str] = field(default_factory=list)
+    decoupling: dict[str, Any] = field(default_factory=dict)
+    added_tokens: list[dict[str, Any]] = field(default_factory=list)
     text_route: str = AUTO
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
-        self.experts = dict(self.experts or {})
-        self.delta_modules = list(self.delta_modules or [])
-        self.expert_tensors = list(self.expert_tensors or [])
-        self.decoupling = {"kind": "mask", "scale": "row", "rank": 0, **(self.decoupling or {})}
-        self.added_tokens = list(self.added_tokens or [])
+        self.expert_names = list(self.expert_names or self.experts)
+        if sorted(self.expert_names) != sorted(self.experts):
+            raise ValueError(f"expert_names: found {self.expert_names}, but experts are {sorted(self.experts)}")
+        self.experts = {name: self.experts[name] for name in self.expert_names}
+        self.decoupling = {"kind": "mask", "scale": "row", "rank": 0, **self.decoupling}
         super().__post_init__(**kwargs)
         self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
         self._check_experts()
@@ -72,10 +74,6 @@ class MMERConfig(PreTrainedConfig):
         self._check_tokens()
 
     # what the rooms ask of it
-
-    @property
-    def expert_names(self) -> list[str]:
-        return list(self.experts)
 
     @property
     def vocab_size(self) -> int:
@@ -134,11 +132,11 @@ class MMERConfig(PreTrainedConfig):
             )
 
     def _check_defaults(self):
-        first = {}
+        first: dict[str, str] = {}
         for name in self.experts:
             for modality in self.modalities(name):
                 first.setdefault(modality, name)
-        self.default_experts = {**first, **(self.default_experts or {})}
+        self.default_experts = {**first, **self.default_experts}
         for modality, name in self.default_experts.items():
             if name not in self.experts or modality not in self.experts[name]["placeholders"]:
                 raise ValueError(f"default_experts.{modality}: {name!r} is not an expert with that modality")

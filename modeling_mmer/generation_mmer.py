@@ -7,6 +7,7 @@ of them by position. Invariant: a sample in a batch, a chunk or a beam computes 
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,8 +19,14 @@ from .routing_mmer import RoutedWeight
 
 
 class MMERGenerationMixin(GenerationMixin):
+    # what PreTrainedModel brings
+    model: Any
+    config: Any
+    modules: Any
+    _asked_routes: tuple[int, ...] = ()
+
     @torch.no_grad()
-    def generate(self, inputs: torch.Tensor | None = None, generation_config=None, **kwargs):
+    def generate(self, inputs: torch.Tensor | None = None, generation_config=None, **kwargs):  # type: ignore[override]
         """As GenerationMixin.generate, and: `text_route`, one of auto, base, merged, an expert's name, or one name a
         sample.
 
@@ -33,7 +40,7 @@ class MMERGenerationMixin(GenerationMixin):
             self._settle_routes(input_ids, kwargs)
         elif media:
             raise ValueError(f"media of {sorted(media)} need input_ids: their placeholders say where features go")
-        return super().generate(inputs, generation_config, **kwargs)
+        return super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
 
     def _has_placeholders(self, input_ids: torch.Tensor) -> bool:
         return any(bool((input_ids == token_id).any()) for token_id in self.config.placeholder_experts())
@@ -57,7 +64,7 @@ class MMERGenerationMixin(GenerationMixin):
         kwargs["route_ids"], kwargs["text_route"] = route_ids, text_route
         # settled for all steps: one step of a mixed conversation may well have only base tokens
         kwargs["base_only"] = bool((route_ids == BASE_ROUTE).all())
-        self._hold({*getattr(self, "_asked_routes", ()), *text_route.unique().tolist()})
+        self._hold({*self._asked_routes, *text_route.unique().tolist()})
 
     def prepare_inputs_for_generation(
         self,
@@ -72,7 +79,7 @@ class MMERGenerationMixin(GenerationMixin):
         media_embeds=None,
         **kwargs,
     ):
-        model_inputs = super().prepare_inputs_for_generation(
+        model_inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids,
             next_sequence_length=next_sequence_length,
             past_key_values=past_key_values,
@@ -98,7 +105,9 @@ class MMERGenerationMixin(GenerationMixin):
         # text alone is scored over the base's vocabulary, without the columns of the added tokens
         missing = self.config.vocab_size - scores[0].shape[-1]
         scores = tuple(nn.functional.pad(step, (0, missing), value=-torch.inf) for step in scores)
-        return super().compute_transition_scores(sequences, scores, beam_indices, normalize_logits)
+        return super().compute_transition_scores(  # type: ignore[misc]
+            sequences, scores, beam_indices, normalize_logits
+        )
 
     # weights at hand
 

@@ -7,6 +7,7 @@ routing depends on the ids and the routes that were passed, never on the state o
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,10 +35,10 @@ class MMERModelOutputWithPast(BaseModelOutputWithPast):
     plan: RoutePlan | None = None
 
 
-class MMERPreTrainedModel(HubCodeMixin, PreTrainedModel):
+class MMERPreTrainedModel(HubCodeMixin, PreTrainedModel):  # type: ignore[misc]
     config: MMERConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "video", "audio", "point_cloud", "text")
+    input_modalities: Any = ("image", "video", "audio", "point_cloud", "text")
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
@@ -96,7 +97,8 @@ class MMERModel(MMERPreTrainedModel):
 
     def get_media_features(self, expert: str, modality: str, **inputs: torch.Tensor) -> torch.Tensor:
         """Features (tokens of all items, hidden) by the expert's own tower, from the tensors of its own processor."""
-        return tower_features(self.experts[expert], modality, inputs)
+        tower: Any = self.experts[expert]
+        return tower_features(tower, modality, inputs)
 
     def get_image_features(self, expert: str | None = None, **inputs: torch.Tensor) -> torch.Tensor:
         return self.get_media_features(expert or self._default_expert("image"), "image", **inputs)
@@ -115,7 +117,7 @@ class MMERModel(MMERPreTrainedModel):
             raise ValueError(f"no expert of this model takes {modality}: it has {self.config.default_experts}")
         return self.config.default_experts[modality]
 
-    def embed_media(self, input_ids: torch.LongTensor, media: dict[str, dict[str, torch.Tensor]]) -> torch.Tensor:
+    def embed_media(self, input_ids: torch.Tensor, media: dict[str, dict[str, torch.Tensor]]) -> torch.Tensor:
         """(batch, sequence, hidden): the features at their placeholders, zeros elsewhere. One encoder run for all.
 
         Raises ValueError where placeholders and features do not match in number.
@@ -143,7 +145,7 @@ class MMERModel(MMERPreTrainedModel):
                 embeds = embeds.masked_scatter(here.unsqueeze(-1), features)
         return embeds
 
-    def embed(self, input_ids: torch.LongTensor, media_embeds: torch.Tensor | None) -> torch.Tensor:
+    def embed(self, input_ids: torch.Tensor, media_embeds: torch.Tensor | None) -> torch.Tensor:
         """(batch, sequence, hidden): the LLM's rows by route, the added tokens' rows, the media's features."""
         embeddings = self.get_input_embeddings()
         if not self.config.added_tokens:
@@ -168,7 +170,7 @@ class MMERModel(MMERPreTrainedModel):
 
     # routes
 
-    def routes(self, input_ids: torch.LongTensor, text_route: TextRoute | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def routes(self, input_ids: torch.Tensor, text_route: TextRoute | None) -> tuple[torch.Tensor, torch.Tensor]:
         """(`route_ids`, `text_route`) from the placeholders, as the processor makes them."""
         config = self.config
         wanted = config.text_route if text_route is None else text_route
@@ -199,15 +201,15 @@ class MMERModel(MMERPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        route_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        route_ids: torch.Tensor | None = None,
         text_route: TextRoute | None = None,
-        media_embeds: torch.FloatTensor | None = None,
-        mm_token_type_ids: torch.LongTensor | None = None,
+        media_embeds: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
         **kwargs,
     ) -> MMERModelOutputWithPast:
         """
@@ -225,7 +227,7 @@ class MMERModel(MMERPreTrainedModel):
             media_embeds = self.embed_media(input_ids, media)
         plan, text_route = self._plan(input_ids, inputs_embeds, route_ids, text_route, past_key_values)
         with route_scope(plan):
-            if inputs_embeds is None:
+            if input_ids is not None:
                 inputs_embeds = self.embed(input_ids, media_embeds)
             outputs = self.language_model(
                 attention_mask=attention_mask,
@@ -240,7 +242,7 @@ class MMERModel(MMERPreTrainedModel):
         return MMERModelOutputWithPast(**outputs, plan=plan)
 
 
-class MMERForConditionalGeneration(MMERPreTrainedModel, MMERGenerationMixin):
+class MMERForConditionalGeneration(MMERPreTrainedModel, MMERGenerationMixin):  # type: ignore[misc]
     """The model that users load: `AutoModel.from_pretrained("org/mmer-…", trust_remote_code=True)`."""
 
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -318,17 +320,17 @@ class MMERForConditionalGeneration(MMERPreTrainedModel, MMERGenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        route_ids: torch.LongTensor | None = None,
+        route_ids: torch.Tensor | None = None,
         text_route: TextRoute | None = None,
-        media_embeds: torch.FloatTensor | None = None,
-        mm_token_type_ids: torch.LongTensor | None = None,
+        media_embeds: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
         base_only: bool | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:

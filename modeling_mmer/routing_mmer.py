@@ -11,6 +11,7 @@ Shapes: weight and delta (out, in), masks (experts, out, ceil(in/8)), scales (ex
 
 import contextlib
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -101,6 +102,14 @@ class RoutedWeight:
     """
 
     weight: torch.Tensor
+    routed_kind: str
+    # parameters, or None where the kind has no such part
+    delta: Any
+    masks: Any
+    scales: Any
+    correction_a: Any
+    correction_b: Any
+    _kept: dict[int, tuple[tuple, torch.Tensor]]
 
     def add_routes_(self, experts: int, kind: str, scale: str, rank: int):
         rows, columns = self.weight.shape
@@ -116,7 +125,7 @@ class RoutedWeight:
         if kind in ("mask", "exact") and rank:
             self.correction_a = _parameter(new((experts, rank, columns)))
             self.correction_b = _parameter(new((experts, rows, rank)))
-        self._kept: dict[int, tuple[tuple, torch.Tensor]] = {}
+        self._kept = {}
 
     def route_weight(self, route: int, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
         """The weight of a route (some of its rows with `rows`), in the weight's dtype."""
@@ -157,7 +166,7 @@ class RoutedWeight:
 
     def _apply(self, fn, recurse=True):
         self._kept = {}  # a move or a cast makes new tensors; a kept weight would stay behind
-        return super()._apply(fn, recurse)
+        return super()._apply(fn, recurse)  # type: ignore[misc]
 
 
 class RoutedLinear(RoutedWeight, nn.Linear):
@@ -175,7 +184,7 @@ class RoutedLinear(RoutedWeight, nn.Linear):
         return route_tensor(self, "bias", route)
 
 
-def route_tensor(module: nn.Module, name: str, route: int) -> torch.Tensor | None:
+def route_tensor(module: Any, name: str, route: int) -> torch.Tensor | None:
     """A small tensor (norm weight, bias) as `route` has it: each expert's own, exactly."""
     own = getattr(module, f"expert_{name}", None)
     if own is None or route == BASE_ROUTE:
@@ -183,7 +192,7 @@ def route_tensor(module: nn.Module, name: str, route: int) -> torch.Tensor | Non
     return getattr(module, f"merged_{name}") if route == MERGED_ROUTE else own[route - FIRST_EXPERT_ROUTE]
 
 
-def _twin(module: nn.Module, **tensors: torch.Tensor) -> nn.Module:
+def _twin(module: nn.Module, **tensors: torch.Tensor | None) -> Any:
     """`module` with some parameters replaced, without touching it: other threads may be using it."""
     twin = object.__new__(type(module))
     twin.__dict__ = {**module.__dict__, "_parameters": {**module._parameters, **tensors}}
@@ -198,7 +207,7 @@ def _tokens_first(x: torch.Tensor) -> bool:
     return x.ndim != 4 or x.stride(1) >= x.stride(2)
 
 
-def _routed_tensors_forward(base: type) -> Callable:
+def _routed_tensors_forward(base: Any) -> Callable:
     def forward(self, x: torch.Tensor, *args, **kwargs):
         plan = _PLAN.get()
         if plan is None or plan.single == BASE_ROUTE:
@@ -215,7 +224,7 @@ def _routed_tensors_forward(base: type) -> Callable:
     return forward
 
 
-def _routed_embedding_forward(base: type) -> Callable:
+def _routed_embedding_forward(base: Any) -> Callable:
     def forward(self, input_ids: torch.Tensor):
         plan = _PLAN.get()
         if plan is None or plan.single == BASE_ROUTE:
@@ -232,11 +241,11 @@ def embed_rows(embedding: nn.Module, rows: torch.Tensor, shape: torch.Size) -> t
     twin = _twin(embedding, weight=rows)
     twin.padding_idx = None
     positions = torch.arange(rows.shape[0], device=rows.device)
-    stock = getattr(type(embedding), "stock_class", type(embedding))
+    stock: Any = getattr(type(embedding), "stock_class", type(embedding))
     return stock.forward(twin, positions).unflatten(0, shape)
 
 
-def _routed_layer_forward(base: type) -> Callable:
+def _routed_layer_forward(base: Any) -> Callable:
     def forward(self, *args, mmer_plan: RoutePlan | None = None, **kwargs):
         # set here and not around the whole LLM: gradient checkpointing runs this forward again, alone
         with route_scope(mmer_plan):
@@ -249,7 +258,7 @@ _MAKERS = {"layer": _routed_layer_forward, "tensors": _routed_tensors_forward, "
 _ROUTED_CLASSES: dict[tuple[str, type], type] = {}
 
 
-def _routed_class(role: str, base: type) -> type:
+def _routed_class(role: str, base: type) -> Any:
     """A subclass of a stock module class, under the same name: transformers finds classes by name
     (`_no_split_modules`).
     """
@@ -271,7 +280,7 @@ def _rebuild(role: str, base: type) -> nn.Module:
     return cls.__new__(cls)
 
 
-def route_weight_of(module: nn.Module, experts: int, decoupling: dict) -> nn.Module:
+def route_weight_of(module: Any, experts: int, decoupling: dict) -> Any:
     """Turn a linear or an embedding, in place, into one whose weight depends on the route."""
     if isinstance(module, RoutedWeight):
         return module
@@ -285,7 +294,7 @@ def route_weight_of(module: nn.Module, experts: int, decoupling: dict) -> nn.Mod
     return module
 
 
-def _route_tensor_of(module: nn.Module, name: str, experts: int):
+def _route_tensor_of(module: Any, name: str, experts: int):
     """Give `module` each expert's own copy of one of its small tensors."""
     stock = getattr(module, name)
     module.register_parameter(f"expert_{name}", _parameter(stock.detach().new_zeros((experts, *stock.shape))))
@@ -293,7 +302,7 @@ def _route_tensor_of(module: nn.Module, name: str, experts: int):
     if isinstance(module, nn.Linear):
         if not isinstance(module, RoutedLinear):
             module.__class__ = RoutedLinear
-            module.delta, module._kept = None, {}
+            vars(module).update(delta=None, _kept={})
         return
     if not hasattr(module, "routed_tensors"):
         module.__class__ = _routed_class("tensors", type(module))
@@ -301,9 +310,7 @@ def _route_tensor_of(module: nn.Module, name: str, experts: int):
     module.routed_tensors.append(name)
 
 
-def install_routing(
-    llm: nn.Module, delta_modules: list[str], expert_tensors: list[str], experts: int, decoupling: dict
-):
+def install_routing(llm: Any, delta_modules: list[str], expert_tensors: list[str], experts: int, decoupling: dict):
     """Turn the named modules of a stock LLM into routed ones, in place. Raises ValueError for a name that is not
     there.
     """

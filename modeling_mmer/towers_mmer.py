@@ -7,9 +7,9 @@ features are bit-equal to those the expert's language model received.
 
 import copy
 import inspect
+from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 
@@ -89,7 +89,7 @@ def tower_features(tower: PreTrainedModel, modality: str, inputs: dict[str, torc
     return _flat(method(**given, return_dict=True).pooler_output)
 
 
-def _in_tower_dtype(tower: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _in_tower_dtype(tower: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     dtype, device = tower.dtype, tower.device
     moved = {}
     for name, value in inputs.items():
@@ -106,7 +106,7 @@ def _flat(features: torch.Tensor | list[torch.Tensor] | tuple[torch.Tensor, ...]
     return torch.cat([item.reshape(-1, item.shape[-1]) for item in features])
 
 
-def _qwen2_audio_features(tower: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+def _qwen2_audio_features(tower: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """What Qwen2AudioModel.forward does before its language model: the class has no `get_audio_features`.
 
     input_features (audios, mels, frames), feature_attention_mask (audios, frames) -> (tokens of all audios, hidden);

@@ -1,0 +1,138 @@
+"""What is left of the lab's experts after merging, for every way of decoupling.
+
+    python benchmarks/retention.py --experts image,audio                  # the default recipe: four rows an expert
+    python benchmarks/retention.py --experts image,audio --sweep          # and every other way, with its bits
+
+Prints accuracy on held-out items with its Wilson 95 % interval, retention (÷ the original expert on the same items), the
+share of items answered with the same words as the original, the residual, and the bits a parameter that it costs.
+Everything runs in fp32 on the CPU, greedily, through the processors and `generate`.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoProcessor
+
+from evaluation_mmer.lab import build_base, build_expert, load_expert, load_items
+from evaluation_mmer.lab.experts import conversation, processor_inputs
+from evaluation_mmer.retention import Score, batched, evaluate
+from mmer import MMERForConditionalGeneration, merge
+
+DEFAULT: dict[str, Any] = {}  # the recipe's own defaults
+SWEEP: dict[str, dict[str, Any]] = {
+    "paper": {"decoupling": {"kind": "paper"}},
+    "paper, density 0.2": {"method": {"density": 0.2}, "decoupling": {"kind": "paper"}},
+    "paper, lambda 0.4": {"decoupling": {"kind": "paper", "lambda": 0.4}},
+    "mask + row scales": {"decoupling": {"kind": "mask", "scale": "row", "rank": 0}},
+    "mask + row scales, density 0.2": {"method": {"density": 0.2}, "decoupling": {"scale": "row", "rank": 0}},
+    "mask + row scales, lambda 0.4": {"decoupling": {"scale": "row", "rank": 0, "lambda": 0.4}},
+    "mask + rank 16, no scales": {"decoupling": {"scale": "none", "rank": 16}},
+    "mask + row scales + rank 8": {"decoupling": {"scale": "row", "rank": 8}},
+    "mask + row scales + rank 16": {"decoupling": {"scale": "row", "rank": 16}},
+    "mask + row scales + rank 16, lambda 0.4": {"decoupling": {"scale": "row", "rank": 16, "lambda": 0.4}},
+    "mask + row scales + rank 32": {"decoupling": {"scale": "row", "rank": 32}},
+    "exact LoRA": {"decoupling": {"kind": "exact"}},
+}
+BATCH = 40
+
+
+def recipe(names: list[str], settings: dict[str, Any]) -> dict[str, Any]:
+    experts = {name: build_expert(name) for name in names}
+    sources = {name: {"lora": str(e.lora), "tower": str(e.tower)} for name, e in experts.items()}
+    return {"base": str(build_base()), "experts": sources, **settings}
+
+
+def original(name: str, items: list) -> Score:
+    model, processor = load_expert(name, torch.float32)
+    batches = [processor_inputs(processor, part) for part in batched(items, BATCH)]
+    return evaluate(model, lambda t: processor.batch_decode(t, skip_special_tokens=True), batches, items, label=name)
+
+
+def merged_inputs(processor, name: str, items: list) -> list[dict[str, torch.Tensor]]:
+    """The same items through the merged repo's processor, with the expert's own template."""
+    batches = []
+    for part in batched(items, BATCH):
+        chats = []
+        for item in part:
+            (turn,) = conversation(name, item.question)
+            blocks = [{**turn["content"][0], name: item.media}, *turn["content"][1:]]
+            chats.append([{"role": "user", "content": blocks}])
+        batches.append(
+            dict(processor.apply_chat_template(chats, tokenize=True, return_dict=True, add_generation_prompt=True))
+        )
+    return batches
+
+
+def row(table: Table, label: str, score: Score, base: Score, report: Any = None, name: str = "") -> dict[str, Any]:
+    low, high = score.interval
+    cost = report.experts[name] if report else None
+    values = {
+        "expert": name,
+        "parameters": label,
+        "n": len(score.right),
+        "accuracy": score.accuracy,
+        "interval": [low, high],
+        "retention": score.retention(base),
+        "agreement": score.agreement(base),
+        "residual": cost["total"]["residual"] if cost else None,
+        "bits_per_parameter": cost["bits_per_parameter"] if cost else None,
+    }
+    shown = [f"{score.accuracy:.1%}", f"{low:.1%} – {high:.1%}", f"{values['retention']:.1%}"]
+    shown += [f"{values['agreement']:.1%}"]
+    shown += [f"{cost['total']['residual']:.3f}", f"{cost['bits_per_parameter']:.2f}"] if cost else ["", ""]
+    table.add_row(name, label, *shown)
+    return values
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--experts", default="image,audio", help="names, with commas (default: image,audio)")
+    parser.add_argument("--items", type=int, default=400, help="held-out items an expert (default: 400)")
+    parser.add_argument("--seed", type=int, default=0, help="order of the items (default: 0)")
+    parser.add_argument("--sweep", action="store_true", help="every way of decoupling, not the default alone")
+    parser.add_argument("--only", help="of the sweep, the ways whose name holds this")
+    parser.add_argument("--json", type=Path, help="write the rows here as well")
+    arguments = parser.parse_args()
+    names = arguments.experts.split(",")
+    items = {name: load_items(name, "test", arguments.items, arguments.seed) for name in names}
+    originals = {name: original(name, items[name]) for name in names}
+    table = Table("expert", "parameters", "accuracy", "95 %", "retention", "same words", "residual", "bits a parameter")
+    rows = [row(table, "original expert", originals[name], originals[name], name=name) for name in names]
+    ways: dict[str, dict[str, Any]] = {"default": DEFAULT}
+    if arguments.sweep:
+        ways |= {label: way for label, way in SWEEP.items() if arguments.only is None or arguments.only in label}
+    prompts: dict[str, list[dict[str, torch.Tensor]]] = {}
+    for label, settings in ways.items():
+        with tempfile.TemporaryDirectory() as folder:
+            started = time.monotonic()
+            report = merge(recipe(names, settings), Path(folder) / label.replace(" ", "-"), progress=False)
+            out = Path(folder) / label.replace(" ", "-")
+            model = MMERForConditionalGeneration.from_pretrained(out, dtype=torch.float32).eval()
+            processor = AutoProcessor.from_pretrained(out, trust_remote_code=True)
+            decode = lambda tokens: processor.batch_decode(tokens, skip_special_tokens=True)  # noqa: E731
+            for name in names:
+                prompts.setdefault(name, merged_inputs(processor, name, items[name]))
+                routes: dict[str, int | None] = {f"decoupled: {label}": None}
+                if label == "default":
+                    routes = {"base parameters": 0, "TIES merged everywhere": 1, **routes}
+                for words, route in routes.items():
+                    model.keep_routes([name] if route is None else ["merged"])
+                    score = evaluate(model, decode, prompts[name], items[name], route, f"{name}: {words}")
+                    own = report if route is None else None
+                    rows.append(row(table, words, score, originals[name], own, name))
+                    print(json.dumps(rows[-1]), flush=True)
+            print(f"{label}: {time.monotonic() - started:.0f} s", flush=True)
+    Console(width=150).print(table)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
