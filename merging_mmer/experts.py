@@ -1,0 +1,303 @@
+"""The base LLM and the experts, opened lazily, and the check that they belong together.
+
+Enters: the sources of a recipe. Leaves: `Base` (θ₀ tensor by tensor) and `Expert`s (τᵢ tensor by tensor, tower
+tensors unchanged). Invariant: an expert that is opened has the base's architecture and lies near the base; anything
+else raises and says which field, or how far.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+
+from .checkpoints import MODEL_FILES, Checkpoint, fetch
+from .lora import LoraAdapter, is_adapter, read_adapter_config
+from .naming import HEAD, NamedCheckpoint, class_on_meta, delta_module_names, listing, split_names
+from .recipe import ExpertRecipe
+from .task_vectors import task_vector, vocabulary_task_vector
+
+# what must agree for a tensor of the expert to mean what the base's tensor of that name means
+SAME_FIELDS = (
+    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "hidden_act", "hidden_activation", "rms_norm_eps", "layer_norm_eps",
+    "rope_parameters", "attention_bias", "mlp_bias", "layer_types", "num_experts", "num_local_experts",
+    "num_experts_per_tok", "attn_logit_softcapping", "final_logit_softcapping", "logit_scale",
+    "residual_multiplier", "embedding_multiplier",
+)  # fmt: skip
+
+# ‖θᵢ-θ₀‖ / ‖θ₀‖ over the matrices. Fine-tunes lie far below (LoRA and full tuning: 0.004 to 0.2), unrelated models
+# of the same shape near √2 = 1.41, and at 0.7 the cosine of two vectors of one length is 0.75
+LARGEST_DISTANCE = 0.7
+
+_SAMPLED = 8
+
+
+@dataclass
+class Distance:
+    """‖θᵢ-θ₀‖/‖θ₀‖ and the cosine of θᵢ and θ₀, gathered over tensors in fp64."""
+
+    tau: float = 0.0
+    theta_0: float = 0.0
+    product: float = 0.0
+
+    def add(self, tau: torch.Tensor, theta_0: torch.Tensor):
+        tau, theta_0 = tau.double(), theta_0.double()
+        self.tau += float((tau * tau).sum())
+        self.theta_0 += float((theta_0 * theta_0).sum())
+        self.product += float((tau * theta_0).sum())
+
+    @property
+    def relative(self) -> float:
+        return (self.tau / self.theta_0) ** 0.5 if self.theta_0 else 0.0
+
+    @property
+    def cosine(self) -> float:
+        length = (self.theta_0 + 2 * self.product + self.tau) ** 0.5 * self.theta_0**0.5
+        return (self.theta_0 + self.product) / length if length else 1.0
+
+    def check(self, expert: str, base: str):
+        if self.relative > LARGEST_DISTANCE:
+            raise ValueError(
+                f"expert {expert!r} was not tuned from {base}: its language model is {self.relative:.2f} of the "
+                f"base's norm away (cosine {self.cosine:.2f}). Fine-tunes lie below {LARGEST_DISTANCE}, unrelated "
+                "models near 1.41. Give the LLM that this expert was tuned from as base"
+            )
+
+
+class Base:
+    """θ₀. `names` are the tensors of the LLM relative to its `AutoModel`, without a head that is the embedding."""
+
+    def __init__(self, source: str, trust_remote_code: bool = False):
+        self.source, self.folder = source, fetch(source)
+        self.config = AutoConfig.from_pretrained(self.folder, trust_remote_code=trust_remote_code)
+        model = class_on_meta(self.config, multimodal=False, trust_remote_code=trust_remote_code)
+        self.weights = NamedCheckpoint(Checkpoint(self.folder), model)
+        if self.weights.missing:
+            raise ValueError(f"{self.folder}: the base lacks {listing(self.weights.missing)}")
+        self.full_names, tower = split_names(model)
+        if tower:
+            raise ValueError(f"{self.folder}: {type(model).__name__} has a tower; give the bare LLM as base")
+        self.tied = bool(self.config.tie_word_embeddings)
+        if self.tied:
+            self.full_names.pop(f"{HEAD}.weight", None)
+        self.relative = {full: name for name, full in self.full_names.items()}
+        self.delta_weights = {f"{name}.weight" for name in delta_module_names(model)}
+        embedding = model.get_input_embeddings()
+        self.embedding = next(f"{n}.weight" for n, module in delta_module_names(model).items() if module is embedding)
+        self.shapes = {name: tuple(self.weights.meta[full].shape) for name, full in self.full_names.items()}
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.full_names)
+
+    @property
+    def vocabulary_names(self) -> tuple[str, ...]:
+        return (self.embedding,) if self.tied else (self.embedding, f"{HEAD}.weight")
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self.weights.tensor(self.full_names[name])
+
+
+@dataclass
+class Expert:
+    """One expert: its tensors under the base's names, its tower under the names of its own `AutoModel`."""
+
+    name: str
+    config: PreTrainedConfig
+    weights: NamedCheckpoint
+    llm: dict[str, str]
+    tower: dict[str, str]
+    base: Base
+    tower_folder: Path
+    adapter: LoraAdapter | None = None
+    adapter_folder: Path | None = None
+    has_llm: bool = True
+    processor_folder: Path = field(init=False)
+
+    def __post_init__(self):
+        own = self.adapter_folder
+        holds_processor = own is not None and any(
+            (own / n).is_file() for n in ("processor_config.json", "preprocessor_config.json")
+        )
+        self.processor_folder = own if own is not None and holds_processor else self.tower_folder
+
+    def _stored(self, name: str) -> torch.Tensor:
+        full = self.llm[name]
+        tensor = self.weights.tensor(full) if self.has_llm else self.base.tensor(name)
+        return tensor if self.adapter is None else self.adapter.replace(full, tensor)
+
+    def task_vector(self, name: str, theta_0: torch.Tensor, tokens: int) -> torch.Tensor:
+        """τ of one tensor, fp32: what the checkpoint changed, plus B·A. The base has `tokens` tokens."""
+        tau = self.dense_part(name, theta_0, tokens)
+        delta = self.adapter.delta(self.llm[name]) if self.adapter else None
+        if delta is None:
+            return tau
+        if name in self.base.vocabulary_names:
+            tau[:tokens] += delta[: min(tokens, len(tau))]
+            return tau
+        return tau + delta
+
+    def dense_part(self, name: str, theta_0: torch.Tensor, tokens: int) -> torch.Tensor:
+        """τ without the LoRA's B·A."""
+        theta = self._stored(name)
+        if name in self.base.vocabulary_names:
+            return vocabulary_task_vector(theta, theta_0, tokens)
+        return task_vector(theta, theta_0)
+
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The LoRA's (s·B, A) of one tensor, or None."""
+        if self.adapter is None or self.llm[name] not in self.adapter.ranks:
+            return None
+        return self.adapter.factors(self.llm[name])
+
+    def exact_tensor(self, name: str) -> torch.Tensor:
+        """θᵢ in the dtype it was saved in (fp32 where a LoRA changed it)."""
+        stored = self._stored(name)
+        delta = self.adapter.delta(self.llm[name]) if self.adapter else None
+        return stored if delta is None else stored.float() + delta
+
+    def vocabulary_rows(self, name: str, rows: list[int]) -> torch.Tensor | None:
+        """Rows of this expert's own embedding or head, or None when its matrix ends before one of them."""
+        theta = self.exact_tensor(name)
+        return theta[rows] if max(rows) < len(theta) else None
+
+    def tower_tensor(self, name: str) -> torch.Tensor:
+        """A tensor of the tower, unchanged; where a LoRA reaches it, folded in fp32 and rounded to its dtype."""
+        full = self.tower[name]
+        tensor = self.weights.tensor(full)
+        if self.adapter is None:
+            return tensor
+        replaced = self.adapter.replace(full, tensor)
+        if replaced.shape != tensor.shape:
+            raise ValueError(
+                f"expert {self.name!r}: the adapter's {full!r} has shape {tuple(replaced.shape)}, "
+                f"expected {tuple(tensor.shape)}"
+            )
+        delta = self.adapter.delta(full)
+        return replaced if delta is None else (replaced.float() + delta).to(tensor.dtype)
+
+    def files(self) -> list[Path]:
+        adapter = (
+            self.adapter.checkpoint.files + [self.adapter_folder / "adapter_config.json"]
+            if self.adapter and self.adapter_folder
+            else []
+        )
+        return [*self.weights.checkpoint.files, self.tower_folder / "config.json", *adapter]
+
+
+def open_expert(name: str, recipe: ExpertRecipe, base: Base, trust_remote_code: bool = False) -> Expert:
+    """An expert that fits `base`. Raises ValueError that names the field, tensor or distance that does not fit."""
+    tower_folder, adapter_folder = _folders(name, recipe)
+    config = AutoConfig.from_pretrained(tower_folder, trust_remote_code=trust_remote_code)
+    try:
+        model = class_on_meta(config, multimodal=True, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        raise ValueError(
+            f"expert {name!r} ({tower_folder}): {error}. An expert is a multimodal checkpoint; a LoRA that was "
+            "trained on a bare LLM needs the multimodal checkpoint it belongs to as tower:"
+        ) from error
+    _check_architecture(name, config.get_text_config(), base.config)
+    weights = NamedCheckpoint(Checkpoint(tower_folder), model)
+    llm, tower = split_names(model)
+    _check_names(name, llm, base, model)
+    if config.get_text_config().tie_word_embeddings:
+        # some classes (Qwen2Audio) do not declare that they tie; their checkpoints may still lack the head
+        weights.alias(llm.get(f"{HEAD}.weight"), llm[base.embedding])
+    has_llm = not set(llm.values()) <= weights.missing
+    lost = weights.missing if has_llm else weights.missing - set(llm.values())
+    if lost:
+        raise ValueError(f"expert {name!r} ({tower_folder}): {len(lost)} tensors are missing: {listing(lost)}")
+    expert = Expert(name, config, weights, llm, tower, base, tower_folder, has_llm=has_llm)
+    if adapter_folder is not None:
+        expert.adapter_folder = adapter_folder
+        expert.adapter = LoraAdapter(adapter_folder, lambda path: _resolve(path, expert))
+        expert.__post_init__()
+    _check_head(expert)
+    _check_distance(expert)
+    return expert
+
+
+def _folders(name: str, recipe: ExpertRecipe) -> tuple[Path, Path | None]:
+    """(folder of the multimodal checkpoint, folder of the adapter or None)."""
+    folder = fetch(recipe.lora or recipe.model or "")
+    bare = is_adapter(folder) and not any((folder / file).is_file() for file in MODEL_FILES)
+    if not bare:
+        if recipe.lora is not None:
+            raise ValueError(f"experts.{name}.lora: {folder} holds no adapter_config.json, so it is no PEFT adapter")
+        if recipe.tower is not None:
+            raise ValueError(f"experts.{name}.tower: {folder} is a whole checkpoint and brings its own tower")
+        return folder, None
+    source = recipe.tower or read_adapter_config(folder).get("base_model_name_or_path")
+    if not source:
+        raise ValueError(
+            f"experts.{name}: {folder} does not say what it was trained on; give the checkpoint as tower:"
+        )
+    return fetch(source), folder
+
+
+def _resolve(path: str, expert: Expert) -> str | None:
+    """A name in the model that a LoRA was trained on (the class or the bare LLM) -> the name in the class."""
+    full, pattern = expert.weights.rename(path)
+    if pattern is None and full in expert.weights.meta:
+        return full
+    full, pattern = expert.base.weights.rename(path)
+    relative = expert.base.relative.get(full)
+    if relative is None and full.removeprefix(f"{HEAD}.") != full:
+        relative = full
+    return expert.llm.get(relative) if pattern is None and relative else None
+
+
+def _check_architecture(name: str, text: PreTrainedConfig, base: PreTrainedConfig):
+    for key in SAME_FIELDS:
+        found, expected = getattr(text, key, None), getattr(base, key, None)
+        if found != expected:
+            raise ValueError(
+                f"expert {name!r} was not tuned from this base: its language model has {key} {_plain(found)}, "
+                f"the base {_plain(expected)}"
+            )
+
+
+def _plain(value: Any) -> str:
+    return repr(dict(value)) if isinstance(value, dict) else repr(value)
+
+
+def _check_names(name: str, llm: dict[str, str], base: Base, model: Any):
+    ours, theirs = set(base.names), set(llm) - ({f"{HEAD}.weight"} if base.tied else set())
+    if ours != theirs:
+        raise ValueError(
+            f"expert {name!r}: its language model and the base name their tensors differently. Only the base: "
+            f"{listing(ours - theirs) or 'none'}; only the expert: {listing(theirs - ours) or 'none'}"
+        )
+    for tensor in base.names:
+        found, expected = tuple(model.state_dict()[llm[tensor]].shape), base.shapes[tensor]
+        if tensor not in base.vocabulary_names and found != expected:
+            raise ValueError(f"expert {name!r}: {tensor} has shape {found}, the base's {expected}")
+
+
+def _check_head(expert: Expert):
+    """A base that ties head and embedding has no place for an expert's own head."""
+    head = f"{HEAD}.weight"
+    if not expert.base.tied or head not in expert.llm or not expert.has_llm:
+        return
+    if expert.adapter is not None and expert.adapter.config.get("ensure_weight_tying"):
+        return
+    if not torch.equal(expert.exact_tensor(head), expert.exact_tensor(expert.base.embedding)):
+        raise ValueError(
+            f"expert {expert.name!r} has a head of its own, but the base uses its embedding as head: "
+            "such an expert can not share the base's vocabulary matrix"
+        )
+
+
+def _check_distance(expert: Expert):
+    """A first look at some matrices, so that a wrong base is refused in seconds; the merge checks all of them."""
+    matrices = [
+        n for n in expert.base.names if len(expert.base.shapes[n]) > 1 and n not in expert.base.vocabulary_names
+    ]
+    step = max(1, len(matrices) // _SAMPLED)
+    distance = Distance()
+    for name in matrices[::step][:_SAMPLED]:
+        theta_0 = expert.base.tensor(name)
+        distance.add(expert.task_vector(name, theta_0, len(theta_0)), theta_0)
+    distance.check(expert.name, expert.base.source)

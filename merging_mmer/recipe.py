@@ -1,0 +1,180 @@
+"""The recipe: what to merge, and how.
+
+Enters: YAML (a file, or its text as a mapping). Leaves: a `Recipe` with every default filled in. All defaults of
+the project stand here and nowhere else. Invariant: a recipe that loads is consistent; one that does not names the
+field, what was found and what is expected.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from configuration_mmer.routes_mmer import AUTO, MODALITIES, ROUTE_NAMES
+
+Modality = Literal["image", "video", "audio", "point_cloud"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", populate_by_name=True, frozen=True)
+
+
+class ExpertRecipe(_Part):
+    """One expert: `model` (a multimodal checkpoint, or a LoRA folder), or `lora` on the checkpoint `tower`."""
+
+    model: str | None = None
+    lora: str | None = None
+    tower: str | None = None
+    modality: Modality | list[Modality] | None = None
+    lam: float | None = Field(default=None, alias="lambda", ge=0)
+    weight: float = Field(default=1.0, gt=0)
+    density: float | None = Field(default=None, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _one_source(self):
+        if (self.model is None) == (self.lora is None):
+            raise ValueError(
+                "found both model and lora" if self.model else "found neither model nor lora; expected one of them"
+            )
+        return self
+
+    @property
+    def modalities(self) -> list[str] | None:
+        return [self.modality] if isinstance(self.modality, str) else list(self.modality) if self.modality else None
+
+
+class Method(_Part):
+    """How the task vectors become one."""
+
+    name: Literal["ties", "task_arithmetic", "emr"] = "ties"
+    density: float = Field(default=1.0, gt=0, le=1)
+    scope: Literal["tensor", "model"] = "tensor"
+    alpha: float = 1.0
+
+
+class Decoupling(_Part):
+    """How each expert is recovered from the merged vector."""
+
+    kind: Literal["mask", "paper", "exact", "none"] = "mask"
+    lam: float = Field(default=1.0, alias="lambda", ge=0)
+    scale: Literal["row", "tensor", "none"] = "row"
+    rank: int = Field(default=16, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fixed_by_kind(cls, values: Any) -> Any:
+        """Only `mask` has scales and corrections of one's choice; the other kinds fix both."""
+        if not isinstance(values, dict) or values.get("kind", "mask") not in ("paper", "exact", "none"):
+            return values
+        kind = values["kind"]
+        fixed = {"scale": "none"} if kind == "exact" else {"scale": "none", "rank": 0}
+        against = [f"{key} {values[key]!r}" for key, value in fixed.items() if values.get(key, value) != value]
+        if kind == "exact" and values.get("rank"):
+            against.append(f"rank {values['rank']!r}, which is the LoRAs' own")
+        if against:
+            raise ValueError(f"kind {kind!r} leaves no choice of scale and rank, found {' and '.join(against)}")
+        return {**values, "scale": "none", "rank": 0}
+
+
+class Recipe(_Part):
+    """What to merge. Sources are Hub ids (`org/name`, `org/name@revision`) or folders, relative to where one works."""
+
+    base: str
+    experts: dict[str, ExpertRecipe] = Field(min_length=1)
+    method: Method = Method()
+    decoupling: Decoupling = Decoupling()
+    text_route: str = AUTO
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+
+    @field_validator("experts", mode="before")
+    @classmethod
+    def _short_form(cls, experts: Any) -> Any:
+        if not isinstance(experts, dict):
+            return experts
+        return {name: {"model": entry} if isinstance(entry, str) else entry for name, entry in experts.items()}
+
+    @model_validator(mode="after")
+    def _across_fields(self):
+        for name in self.experts:
+            if name in (AUTO, *ROUTE_NAMES) or not name.replace("-", "_").isidentifier():
+                raise ValueError(
+                    f"experts.{name}: expected letters, digits, '_' and '-', and none of {[AUTO, *ROUTE_NAMES]}"
+                )
+        if self.text_route not in (AUTO, *ROUTE_NAMES, *self.experts):
+            raise ValueError(f"text_route: found {self.text_route!r}, expected {[AUTO, *ROUTE_NAMES, *self.experts]}")
+        trimmed = [name for name in self.experts if self.density(name) != 1]
+        if self.method.name != "ties" and trimmed:
+            raise ValueError(
+                f"method.name {self.method.name!r} does not trim, but a density below 1 is set for {trimmed}"
+            )
+        return self
+
+    def density(self, expert: str) -> float:
+        own = self.experts[expert].density
+        return self.method.density if own is None else own
+
+    def lam(self, expert: str) -> float:
+        own = self.experts[expert].lam
+        return self.decoupling.lam if own is None else own
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Recipe":
+        """The recipe in a YAML file."""
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"{path}: there is no recipe of this name")
+        try:
+            values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path}: not readable as YAML: {error}") from error
+        return cls.from_dict(values, str(path))
+
+    @classmethod
+    def from_dict(cls, values: Any, origin: str = "recipe") -> "Recipe":
+        """The recipe in a mapping. Raises ValueError that lists every faulty field."""
+        if not isinstance(values, dict):
+            raise ValueError(f"{origin}: expected a mapping with base and experts, found {type(values).__name__}")
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ValueError(f"{origin}:\n" + "\n".join(_faults(error))) from error
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe as plain values, with every default and every coefficient written out."""
+        values = self.model_dump(by_alias=True)
+        for name, expert in values["experts"].items():
+            expert["lambda"], expert["density"] = self.lam(name), self.density(name)
+            values["experts"][name] = {key: value for key, value in expert.items() if value is not None}
+        return values
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.resolved(), sort_keys=False)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML where a key given twice is an error: the first would vanish without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _faults(error: ValidationError) -> list[str]:
+    lines = []
+    for fault in error.errors():
+        field = ".".join(str(part) for part in fault["loc"])
+        message = fault["msg"].removeprefix("Value error, ")
+        found = "" if fault["type"] in ("missing", "value_error") else f" (found {fault['input']!r})"
+        if fault["type"] == "extra_forbidden":
+            message, found = "unknown field", ""
+        lines.append(f"  {field}: {message}{found}" if field else f"  {message}")
+    return lines
+
+
+__all__ = ["MODALITIES", "Decoupling", "ExpertRecipe", "Method", "Recipe"]

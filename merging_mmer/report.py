@@ -1,0 +1,201 @@
+"""What the merge did to each expert, in numbers.
+
+Enters: every tensor's task vectors, merged vector, masks and recovered values, as they are stored. Leaves:
+`MergeReport`, written as merge_report.json. Units: norms are Frobenius norms of fp32 values, shares and densities
+lie in 0..1, residual is ‖θ̂ᵢ-θᵢ‖/‖τᵢ‖ with θ̂ᵢ rounded to the stored dtype, and rounding what that rounding alone
+would cost θᵢ.
+"""
+
+import hashlib
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .experts import Distance
+from .matrices import row_blocks
+
+# an expert is starved when the share of its energy that the masks keep is below this part of the best expert's
+STARVED = 0.5
+
+_LAYER = re.compile(r"^(?:.*\.)?(?:layers|h|blocks)\.\d+\.")
+
+
+def tensor_kind(name: str) -> str:
+    """What the tensor is in every layer: "self_attn.q_proj.weight" of "layers.7.self_attn.q_proj.weight"."""
+    return _LAYER.sub("", name)
+
+
+@dataclass
+class _Sums:
+    entries: int = 0
+    tau: float = 0.0
+    kept: float = 0.0
+    error: float = 0.0
+    rounding: float = 0.0
+    on: int = 0
+    masked: int = 0
+    against: int = 0
+    nonzero: int = 0
+
+    def plus(self, other: "_Sums") -> "_Sums":
+        return _Sums(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    def shares(self) -> dict[str, float | int | None]:
+        return {
+            "entries": self.entries,
+            "norm": self.tau**0.5,
+            "mask_density": self.on / self.masked if self.masked else None,
+            "kept_energy": self.kept / self.tau if self.masked and self.tau else None,
+            "residual": (self.error / self.tau) ** 0.5 if self.tau else 0.0,
+            "rounding": (self.rounding / self.tau) ** 0.5 if self.tau else 0.0,
+            "against_merged_sign": self.against / self.nonzero if self.nonzero else 0.0,
+        }
+
+
+@dataclass
+class MergeReport:
+    """merge_report.json. `experts[name]` holds coefficients, `total` and, by kind of tensor, `tensors`."""
+
+    base: dict[str, Any] = field(default_factory=dict)
+    experts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    method: dict[str, Any] = field(default_factory=dict)
+    decoupling: dict[str, Any] = field(default_factory=dict)
+    sign_conflicts: dict[str, float] = field(default_factory=dict)
+    tensors: dict[str, int] = field(default_factory=dict)
+    dtype: str = ""
+    warnings: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+class Measurement:
+    """Gathers, tensor by tensor, what `fill` turns into the report."""
+
+    def __init__(self, experts: Sequence[str], dtype: torch.dtype):
+        self.experts, self.dtype = list(experts), dtype
+        self.sums: dict[str, dict[str, _Sums]] = {name: defaultdict(_Sums) for name in self.experts}
+        self.bits = dict.fromkeys(self.experts, 0)
+        self.distance = {name: Distance() for name in self.experts}
+        self._conflicts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+        self.changed = self.unchanged = self.parameters = 0
+
+    def same(self, theta_0: torch.Tensor):
+        """A tensor that no expert changed."""
+        self.unchanged += 1
+        if theta_0.ndim > 1:
+            for distance in self.distance.values():
+                distance.add(torch.zeros(1), theta_0)
+
+    def several(self, name: str, taus: Sequence[torch.Tensor], theta_0: torch.Tensor):
+        """The experts' task vectors of one tensor, beside one another."""
+        self.changed += 1
+        self.parameters += theta_0.numel()
+        conflicts = self._conflicts[tensor_kind(name)]
+        for rows in row_blocks(theta_0):
+            up, down = (torch.zeros(theta_0[rows].shape, dtype=torch.int8) for _ in range(2))
+            for expert, tau in zip(self.experts, taus, strict=True):
+                up += tau[rows] > 0
+                down += tau[rows] < 0
+                if theta_0.ndim > 1:
+                    self.distance[expert].add(tau[rows], theta_0[rows])
+            conflicts[0] += int(((up > 0) & (down > 0)).sum())
+            conflicts[1] += int((up + down > 1).sum())
+
+    def one(
+        self,
+        expert: str,
+        name: str,
+        theta_0: torch.Tensor,
+        tau: torch.Tensor,
+        merged: torch.Tensor,
+        recovered: torch.Tensor,
+        mask: torch.Tensor | None,
+    ):
+        """One expert's part in some rows of one tensor: θ₀, τᵢ, τ*, the recovered τ̂ᵢ before rounding, and the mask."""
+        start, energy = theta_0.float(), tau.double().square()
+        error = (start.to(self.dtype).float() + recovered).to(self.dtype).float() - start - tau
+        rounding = (start + tau).to(self.dtype).float() - start - tau
+        sums = _Sums(
+            entries=tau.numel(),
+            tau=float(energy.sum()),
+            error=float(error.double().square().sum()),
+            rounding=float(rounding.double().square().sum()),
+            kept=float((energy * mask).sum()) if mask is not None else 0.0,
+            on=int(mask.sum()) if mask is not None else 0,
+            masked=tau.numel() if mask is not None else 0,
+            against=int((tau.sign() * merged.sign() < 0).sum()),
+            nonzero=int((tau != 0).sum()),
+        )
+        of_kind = self.sums[expert]
+        of_kind[tensor_kind(name)] = of_kind[tensor_kind(name)].plus(sums)
+
+    def stored(self, expert: str, tensors: Iterable[torch.Tensor | None]):
+        """Tensors that are stored for one expert alone."""
+        self.bits[expert] += 8 * sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def state(self) -> dict[str, Any]:
+        """Everything gathered so far, as plain values."""
+        return {
+            "sums": {name: {kind: asdict(sums) for kind, sums in of.items()} for name, of in self.sums.items()},
+            "distance": {name: asdict(distance) for name, distance in self.distance.items()},
+            "bits": dict(self.bits),
+            "conflicts": {kind: list(both) for kind, both in self._conflicts.items()},
+            "counts": [self.changed, self.unchanged, self.parameters],
+        }
+
+    def restore(self, state: dict[str, Any]):
+        for name, of in state["sums"].items():
+            self.sums[name].update({kind: _Sums(**sums) for kind, sums in of.items()})
+        self.distance = {name: Distance(**distance) for name, distance in state["distance"].items()}
+        self.bits = dict(state["bits"])
+        self._conflicts.update(state["conflicts"])
+        self.changed, self.unchanged, self.parameters = state["counts"]
+
+    def fill(self, report: MergeReport):
+        """Write the gathered numbers into the report, with the warnings that follow from them."""
+        for name in self.experts:
+            total = _Sums()
+            for sums in self.sums[name].values():
+                total = total.plus(sums)
+            report.experts.setdefault(name, {}).update(
+                distance_to_base=self.distance[name].relative,
+                cosine_to_base=self.distance[name].cosine,
+                bits_per_parameter=self.bits[name] / self.parameters if self.parameters else 0.0,
+                total=total.shares(),
+                tensors={kind: sums.shares() for kind, sums in self.sums[name].items()},
+            )
+        report.sign_conflicts = {kind: both / of if of else 0.0 for kind, (both, of) in self._conflicts.items()}
+        report.tensors = {
+            "changed": self.changed,
+            "equal_to_base": self.unchanged,
+            "parameters_changed": self.parameters,
+        }
+        report.warnings += self._starved(report)
+
+    def _starved(self, report: MergeReport) -> list[str]:
+        kept = {name: report.experts[name]["total"]["kept_energy"] for name in self.experts}
+        known = {name: share for name, share in kept.items() if share is not None}
+        best = max(known.values(), default=0.0)
+        return [
+            f"expert {name!r} is starved: the merged vector keeps {share:.1%} of its energy, of the best "
+            f"expert's {best:.1%}. Its task vector is short beside the others'; a larger weight, a smaller lambda or "
+            "a higher rank helps it"
+            for name, share in known.items()
+            if share < STARVED * best
+        ]
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,228 @@
+"""LoRA adapters: against PEFT's own merge_and_unload, by hand, and what is refused."""
+
+import json
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from merging_mmer.experts import Base, open_expert
+from merging_mmer.lora import LoraAdapter
+from merging_mmer.recipe import ExpertRecipe
+
+from . import tiny_checkpoints as tiny
+
+ALL_LINEAR = r".*layers.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+
+def train(model, folder, seed=5, **config):
+    """A PEFT adapter with random factors, saved by PEFT; returns the merged model."""
+    torch.manual_seed(seed)
+    config = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], **config}
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(**config))
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.05 * torch.randn_like(parameter))
+            elif "modules_to_save.default" in name:
+                parameter.add_(0.01 * torch.randn_like(parameter))
+            elif "trainable_tokens_delta" in name:
+                parameter.add_(0.1)
+    wrapped.save_pretrained(folder)
+    return wrapped.merge_and_unload()
+
+
+@pytest.fixture
+def base(tmp_path):
+    return Base(str(tiny.save(tiny.base_model(), tmp_path / "base")))
+
+
+@pytest.fixture
+def tower(tmp_path):
+    """A llava whose LLM is the base's own."""
+    return tiny.save(tiny.expert_model("llava", tiny.base_model(), noise=0.0), tmp_path / "tower")
+
+
+def opened(base, tmp_path, **recipe):
+    return open_expert(
+        "image", ExpertRecipe(**{"lora": str(tmp_path / "lora"), "tower": str(tmp_path / "tower"), **recipe}), base
+    )
+
+
+def check(expert, base, merged, **tolerance):
+    """Every task vector equals what PEFT's merged model differs from the base by."""
+    llm = tiny.llm_of(merged).state_dict()
+    for name in base.names:
+        theta_0 = base.tensor(name)
+        theta = llm[name] if name in llm else merged.get_output_embeddings().weight
+        rows = min(len(theta), len(theta_0))
+        tau = expert.task_vector(name, theta_0, tiny.ROWS)
+        torch.testing.assert_close(tau[:rows], theta.detach()[:rows] - theta_0[:rows], rtol=1e-5, atol=1e-6)
+    whole = (
+        merged.base_model.state_dict() if expert.tower and hasattr(merged.base_model, "multi_modal_projector") else {}
+    )
+    for name in expert.tower:
+        if whole:
+            torch.testing.assert_close(expert.tower_tensor(name), whole[name], rtol=1e-5, atol=1e-6)
+
+
+VARIANTS = {
+    "plain": {},
+    "all linears": {"target_modules": ALL_LINEAR},
+    "rsLoRA": {"use_rslora": True},
+    "rank and alpha patterns": {
+        "target_modules": ALL_LINEAR,
+        "rank_pattern": {"layers.0.self_attn.q_proj": 2, r".*\.mlp\.up_proj": 7},
+        "alpha_pattern": {"up_proj": 3},
+    },
+    "patterns with rsLoRA": {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 5}},
+    "more rank than the matrix has": {"r": 40},
+    "head saved whole": {"modules_to_save": ["lm_head"]},
+    "embedding saved whole": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "embedding by LoRA": {"target_modules": ["embed_tokens", "q_proj"]},
+    "head by LoRA": {"target_modules": ["lm_head", "q_proj"]},
+    "trained tokens": {"trainable_token_indices": [3, 5]},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("trained_on", ["llm", "multimodal"])
+def test_against_peft(variant, trained_on, base, tower, tmp_path):
+    if trained_on == "llm":
+        model = tiny.base_model()
+    else:
+        model = tiny.expert_model("llava", tiny.base_model(), noise=0.0)
+    merged = train(model, tmp_path / "lora", **VARIANTS[variant])
+    check(opened(base, tmp_path), base, merged)
+
+
+def test_a_lora_that_reaches_the_tower(base, tower, tmp_path):
+    model = tiny.expert_model("llava", tiny.base_model(), noise=0.0)
+    merged = train(
+        model, tmp_path / "lora", target_modules=["q_proj", "linear_1"], modules_to_save=["linear_2", "post_layernorm"]
+    )
+    expert = opened(base, tmp_path)
+    changed = [
+        n for n in expert.tower if not torch.equal(expert.tower_tensor(n), expert.weights.tensor(expert.tower[n]))
+    ]
+    assert {"multi_modal_projector.linear_1.weight", "multi_modal_projector.linear_2.bias"} <= set(changed)
+    check(expert, base, merged)
+
+
+def test_bias_trained_along(base, tower, tmp_path):
+    model = tiny.expert_model("llava", tiny.base_model(), noise=0.0)
+    merged = train(model, tmp_path / "lora", target_modules=["linear_1"], bias="all")
+    check(opened(base, tmp_path), base, merged)
+
+
+def test_an_expert_tuned_in_full_and_then_by_lora(base, tmp_path):
+    model = tiny.expert_model("llava", tiny.base_model(), noise=0.02)
+    tiny.save(model, tmp_path / "tower")
+    merged = train(model, tmp_path / "lora")
+    check(opened(base, tmp_path), base, merged)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["model.language_model.", "language_model.model.", "model.", "", "model.language_model.model."]
+)
+def test_names_of_all_times(prefix, base, tower, tmp_path):
+    """language_model.model.… (before transformers 4.52), model.language_model.… (after), model.… (bare LLM)."""
+    merged = train(tiny.base_model(), tmp_path / "lora")
+    path = tmp_path / "lora" / "adapter_model.safetensors"
+    renamed = {
+        k.replace("base_model.model.model.", f"base_model.model.{prefix}"): v for k, v in load_file(path).items()
+    }
+    save_file(renamed, path)
+    check(opened(base, tmp_path), base, merged)
+
+
+def test_an_adapter_folder_leads_to_its_tower(base, tower, tmp_path):
+    merged = train(tiny.expert_model("llava", tiny.base_model(), noise=0.0), tmp_path / "lora")
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    for source, recipe in ((str(tower), {}), ("org/elsewhere", {"tower": str(tower)})):
+        config["base_model_name_or_path"] = source
+        (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(config))
+        check(open_expert("image", ExpertRecipe(model=str(tmp_path / "lora"), **recipe), base), base, merged)
+    config["base_model_name_or_path"] = None
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="give the checkpoint as tower"):
+        open_expert("image", ExpertRecipe(model=str(tmp_path / "lora")), base)
+
+
+def test_a_lora_of_the_bare_llm_asks_for_a_tower(base, tmp_path):
+    train(tiny.base_model(), tmp_path / "lora")
+    with pytest.raises(ValueError, match="as tower:"):
+        opened(base, tmp_path, tower=str(tmp_path / "base"))
+
+
+def test_pickled_adapters(base, tower, tmp_path):
+    merged = train(tiny.base_model(), tmp_path / "lora")
+    path = tmp_path / "lora" / "adapter_model.safetensors"
+    torch.save(load_file(path), path.with_name("adapter_model.bin"))
+    path.unlink()
+    check(opened(base, tmp_path), base, merged)
+
+
+def test_factors_by_hand(tmp_path):
+    a, b = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0], [0.0], [3.0]])
+    save_file(
+        {"base_model.model.x.lora_A.weight": a, "base_model.model.x.lora_B.weight": b},
+        tmp_path / "adapter_model.safetensors",
+    )
+    settings = {"peft_type": "LORA", "r": 1, "lora_alpha": 2}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    adapter = LoraAdapter(tmp_path, {"x.weight": "y"}.get)
+    assert adapter.changed == {"y"} and adapter.ranks == {"y": 1}
+    assert torch.equal(adapter.delta("y"), torch.tensor([[2.0, 4.0], [0.0, 0.0], [6.0, 12.0]]))
+    left, right = adapter.factors("y")
+    assert torch.equal(left, 2 * b) and torch.equal(right, a)
+    assert adapter.delta("z") is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
+        ({"use_dora": True}, "DoRA"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"use_qalora": True}, "QA-LoRA"),
+        ({"layer_replication": [[0, 1]]}, "replicated layers"),
+        ({"target_parameters": ["x"]}, "target_parameters"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"alora_invocation_tokens": [1]}, "activated LoRA"),
+        ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
+        ({"r": 3}, "gives its module rank 3"),
+    ],
+)
+def test_what_is_refused_by_name(change, message, base, tower, tmp_path):
+    train(tiny.base_model(), tmp_path / "lora")
+    path = tmp_path / "lora" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ValueError, match=message):
+        opened(base, tmp_path)
+
+
+def test_every_tensor_of_an_adapter_is_accounted_for(base, tower, tmp_path):
+    train(tiny.base_model(), tmp_path / "lora")
+    path = tmp_path / "lora" / "adapter_model.safetensors"
+    stored = load_file(path)
+    save_file({**stored, "base_model.model.model.layers.7.mlp.up_proj.lora_A.weight": torch.ones(4, 32)}, path)
+    with pytest.raises(ValueError, match=r"1 tensors of the adapter fit nothing.*layers\.7"):
+        opened(base, tmp_path)
+    save_file(
+        {**stored, "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector": torch.ones(4)}, path
+    )
+    with pytest.raises(ValueError, match="lora_magnitude_vector"):
+        opened(base, tmp_path)
+    stored.pop("base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight")
+    save_file(stored, path)
+    with pytest.raises(ValueError, match="only one of lora_A and lora_B"):
+        opened(base, tmp_path)
+
+
+def test_fields_that_contradict_the_folder(base, tower, tmp_path):
+    with pytest.raises(ValueError, match="no adapter_config.json"):
+        opened(base, tmp_path, lora=str(tower))
+    with pytest.raises(ValueError, match="brings its own tower"):
+        open_expert("image", ExpertRecipe(model=str(tower), tower=str(tower)), base)
