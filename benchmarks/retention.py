@@ -1,11 +1,12 @@
 """What is left of the lab's experts after merging, for every way of decoupling.
 
-    python benchmarks/retention.py --experts image,audio                  # the default recipe: four rows an expert
-    python benchmarks/retention.py --experts image,audio --sweep          # and every other way, with its bits
+    python benchmarks/retention.py --experts image,audio            # the default recipe: four rows an expert
+    python benchmarks/retention.py --experts image,audio --sweep    # and every other way, with its bits
 
-Prints accuracy on held-out items with its Wilson 95 % interval, retention (÷ the original expert on the same items), the
-share of items answered with the same words as the original, the residual, and the bits a parameter that it costs.
-Everything runs in fp32 on the CPU, greedily, through the processors and `generate`.
+Both experts are always merged; `--experts` says which of them are asked. Prints accuracy on held-out items with its
+Wilson 95 % interval, retention (÷ the original expert on the same items), the share of items answered with the same
+words as the original, the residual, and the bits a parameter that it costs. Everything runs in fp32 on the CPU,
+greedily, through the processors and `generate`. results/retention.json holds the rows that the README shows.
 """
 
 import argparse
@@ -41,10 +42,11 @@ SWEEP: dict[str, dict[str, Any]] = {
     "exact LoRA": {"decoupling": {"kind": "exact"}},
 }
 BATCH = 40
+EXPERTS = ("image", "audio")
 
 
-def recipe(names: list[str], settings: dict[str, Any]) -> dict[str, Any]:
-    experts = {name: build_expert(name) for name in names}
+def recipe(settings: dict[str, Any]) -> dict[str, Any]:
+    experts = {name: build_expert(name) for name in EXPERTS}
     sources = {name: {"lora": str(e.lora), "tower": str(e.tower)} for name, e in experts.items()}
     return {"base": str(build_base()), "experts": sources, **settings}
 
@@ -91,6 +93,14 @@ def row(table: Table, label: str, score: Score, base: Score, report: Any = None,
     return values
 
 
+def keep(path: Path, rows: list[dict[str, Any]]):
+    """Put rows into a JSON file, each in place of an older one of the same expert and parameters."""
+    old = json.loads(path.read_text()) if path.is_file() else []
+    all_rows = {(row["expert"], row["parameters"]): row for row in [*old, *rows]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(list(all_rows.values()), indent=1) + "\n")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--experts", default="image,audio", help="names, with commas (default: image,audio)")
@@ -98,12 +108,14 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="order of the items (default: 0)")
     parser.add_argument("--sweep", action="store_true", help="every way of decoupling, not the default alone")
     parser.add_argument("--only", help="of the sweep, the ways whose name holds this")
-    parser.add_argument("--json", type=Path, help="write the rows here as well")
+    parser.add_argument("--json", type=Path, help="put the rows into this file, in place of older ones of their name")
     arguments = parser.parse_args()
     names = arguments.experts.split(",")
     items = {name: load_items(name, "test", arguments.items, arguments.seed) for name in names}
     originals = {name: original(name, items[name]) for name in names}
-    table = Table("expert", "parameters", "accuracy", "95 %", "retention", "same words", "residual", "bits a parameter")
+    table = Table(
+        "expert", "parameters", "accuracy", "95 %", "retention", "same words", "residual", "bits a parameter"
+    )
     rows = [row(table, "original expert", originals[name], originals[name], name=name) for name in names]
     ways: dict[str, dict[str, Any]] = {"default": DEFAULT}
     if arguments.sweep:
@@ -112,8 +124,8 @@ def main():
     for label, settings in ways.items():
         with tempfile.TemporaryDirectory() as folder:
             started = time.monotonic()
-            report = merge(recipe(names, settings), Path(folder) / label.replace(" ", "-"), progress=False)
             out = Path(folder) / label.replace(" ", "-")
+            report = merge(recipe(settings), out, progress=False)
             model = MMERForConditionalGeneration.from_pretrained(out, dtype=torch.float32).eval()
             processor = AutoProcessor.from_pretrained(out, trust_remote_code=True)
             decode = lambda tokens: processor.batch_decode(tokens, skip_special_tokens=True)  # noqa: E731
@@ -129,9 +141,9 @@ def main():
                     rows.append(row(table, words, score, originals[name], own, name))
                     print(json.dumps(rows[-1]), flush=True)
             print(f"{label}: {time.monotonic() - started:.0f} s", flush=True)
+        if arguments.json:
+            keep(arguments.json, rows)
     Console(width=150).print(table)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

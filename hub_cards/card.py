@@ -5,6 +5,7 @@ reads. Invariant: every number in it stands in the report; nothing is typed by h
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,13 @@ def write_card(folder: str | Path, repo: str | None = None) -> Path:
     Raises ValueError when the folder is not a merged repository.
     """
     folder = Path(folder)
-    missing = [name for name in ("config.json", "merge_recipe.yaml", "merge_report.json") if not (folder / name).is_file()]
+    missing = [
+        name for name in ("config.json", "merge_recipe.yaml", "merge_report.json") if not (folder / name).is_file()
+    ]
     if missing:
-        raise ValueError(f"{folder} has no {', '.join(missing)}: a card is written for a folder that `mmer merge` made")
+        raise ValueError(
+            f"{folder} has no {', '.join(missing)}: a card is written for a folder that `mmer merge` made"
+        )
     config = MMERConfig.from_pretrained(folder)
     recipe = yaml.safe_load((folder / "merge_recipe.yaml").read_text(encoding="utf-8"))
     report = json.loads((folder / "merge_report.json").read_text(encoding="utf-8"))
@@ -34,7 +39,7 @@ def write_card(folder: str | Path, repo: str | None = None) -> Path:
         metadata=_metadata(config, recipe).to_yaml(),
         title="MMER: " + " + ".join(config.expert_names),
         repo=repo or folder.resolve().name,
-        base=recipe["base"],
+        base=_public(recipe["base"]),
         experts=[_expert(name, config, recipe, report) for name in config.expert_names],
         media=[{"type": m, "path": _EXAMPLES[m]} for m in config.default_experts],
         method=_words(recipe["method"]),
@@ -52,10 +57,19 @@ def _sources(expert: dict[str, Any] | str) -> list[str]:
     return [expert[key] for key in ("model", "lora", "tower") if expert.get(key)]
 
 
+def _is_hub_id(source: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", source) is not None and not Path(source).exists()
+
+
+def _public(source: str) -> str:
+    """A Hub id as it is; of a folder of the machine that merged, its name alone."""
+    return source if _is_hub_id(source) else Path(source).name
+
+
 def _metadata(config: MMERConfig, recipe: dict[str, Any]) -> ModelCardData:
     named = [recipe["base"], *(source for expert in recipe["experts"].values() for source in _sources(expert))]
     # a local folder means nothing on the Hub
-    on_hub = [source.partition("@")[0] for source in named if source.count("/") == 1 and not Path(source).exists()]
+    on_hub = [source.partition("@")[0] for source in named if _is_hub_id(source)]
     modalities = sorted(config.default_experts)
     extra: dict[str, Any] = {"base_model_relation": "merge"} if on_hub else {}
     return ModelCardData(
@@ -76,7 +90,7 @@ def _expert(name: str, config: MMERConfig, recipe: dict[str, Any], report: dict[
     return {
         "name": name,
         "modalities": config.modalities(name),
-        "source": " + ".join(_sources(recipe["experts"][name])),
+        "source": " + ".join(_public(source) for source in _sources(recipe["experts"][name])),
         "density": share(total["mask_density"]),
         "kept": share(total["kept_energy"]),
         "residual": f"{total['residual']:.3f}",

@@ -93,8 +93,9 @@ class _Merge:
             e.name: AutoProcessor.from_pretrained(e.processor_folder, trust_remote_code=trust_remote_code)
             for e in self.experts
         }
-        self.vocabulary: Vocabulary = merge_vocabulary(tokenizer, processors, {e.name: e.config for e in self.experts})
-        self._choose_modalities()
+        configs = {e.name: e.config for e in self.experts}
+        wanted = {name: expert.modalities for name, expert in recipe.experts.items()}
+        self.vocabulary: Vocabulary = merge_vocabulary(tokenizer, processors, configs, wanted)
         self.processor = build_processor(self.vocabulary, processors, tokenizer.chat_template, recipe.text_route)
         self.measurement = Measurement([e.name for e in self.experts], self.dtype)
         self.delta_modules: list[str] = []
@@ -145,17 +146,6 @@ class _Merge:
                 f"{self.base.source}: its weights are {dtype}, expected {list(_DTYPES)}. Set dtype in the recipe"
             )
         return dtype
-
-    def _choose_modalities(self):
-        """An expert whose recipe names modalities brings these alone."""
-        for name, expert in self.recipe.experts.items():
-            found = self.vocabulary.placeholders[name]
-            wanted = expert.modalities or list(found)
-            if lost := set(wanted) - set(found):
-                raise ValueError(
-                    f"experts.{name}.modality: found {sorted(lost)}, but the expert brings {sorted(found)}"
-                )
-            self.vocabulary.placeholders[name] = {m: place for m, place in found.items() if m in wanted}
 
     def _rank(self) -> int:
         if self.recipe.decoupling.kind != "exact":

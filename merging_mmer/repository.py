@@ -1,4 +1,4 @@
-"""Everything of a merged repository but its weights: config, processor, code, recipe, report, card.
+"""Everything of a merged repository but its weights and its card: config, processor, code, recipe, report.
 
 Enters: the recipe, the opened base and experts, what the merge found out. Leaves: the files that the Hub and
 transformers expect beside the weights. Invariant: no path of the machine that merged gets into a
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from configuration_mmer.configuration_mmer import MMERConfig
 from configuration_mmer.export_mmer import AUTO_MAP, write_hub_code
@@ -22,25 +21,6 @@ from .report import MergeReport
 from .vocabulary import Vocabulary
 
 ARCHITECTURE = "MMERForConditionalGeneration"
-
-_CARD = """\
----
-{metadata}---
-
-# {title}
-
-Merged by [MMER](https://arxiv.org/abs/2505.17110), without training, from the language model `{base}` and the
-multimodal experts {experts}. Text alone runs on the base's own parameters, bit for bit.
-`merge_recipe.yaml` repeats this merge, `merge_report.json` measures it.
-
-```python
-from transformers import AutoModelForMultimodalLM, AutoProcessor
-
-repository = "..."  # the name of this repository, or the folder it lies in
-model = AutoModelForMultimodalLM.from_pretrained(repository, trust_remote_code=True)
-processor = AutoProcessor.from_pretrained(repository, trust_remote_code=True)
-```
-"""
 
 
 def build_config(
@@ -95,30 +75,3 @@ def write_repository(
         shutil.copyfile(generation, folder / generation.name)
     (folder / "merge_recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     (folder / "merge_report.json").write_text(report.to_json(), encoding="utf-8")
-    (folder / "README.md").write_text(_card(recipe, config), encoding="utf-8")
-
-
-def _card(recipe: Recipe, config: MMERConfig) -> str:
-    sources = {name: [s for s in (e.model, e.lora, e.tower) if s] for name, e in recipe.experts.items()}
-    named = [recipe.base, *(source for of in sources.values() for source in of)]
-    hub = [source.partition("@")[0] for source in named if not Path(source).exists()]
-    modalities = sorted({modality for name in recipe.experts for modality in config.modalities(name)})
-    metadata: dict[str, Any] = {
-        "library_name": "transformers",
-        "pipeline_tag": "any-to-any",
-        "tags": ["mmer", "merge", "multimodal", *modalities],
-    }
-    if hub:
-        metadata |= {"base_model": list(dict.fromkeys(hub)), "base_model_relation": "merge"}
-    experts = [f"`{name}` ({' + '.join(_public(source) for source in of)})" for name, of in sources.items()]
-    return _CARD.format(
-        metadata=yaml.safe_dump(metadata, sort_keys=False),
-        title="MMER: " + " + ".join(sources),
-        base=_public(recipe.base),
-        experts=", ".join(experts),
-    )
-
-
-def _public(source: str) -> str:
-    """A Hub id as it is; of a folder, its name alone."""
-    return Path(source).name if Path(source).exists() else source

@@ -130,7 +130,7 @@ def test_the_repository_is_whole(tmp_path, shared):
     there = {path.name for path in (tmp_path / "out").iterdir()}
     assert {
         "config.json", "generation_config.json", "model.safetensors", "processor_config.json", "tokenizer.json",
-        "README.md", "merge_recipe.yaml", "merge_report.json", "modeling_mmer.py",
+        "merge_recipe.yaml", "merge_report.json", "modeling_mmer.py",
         "configuration_mmer.py", "processing_mmer.py",
     } <= there  # fmt: skip
     assert not [path.name for path in tmp_path.iterdir() if path.name != "out"]
@@ -146,8 +146,6 @@ def test_the_repository_is_whole(tmp_path, shared):
     assert written["experts"]["audio"]["lambda"] == 1.0 and written["decoupling"]["rank"] == 16
     assert report.experts == written["experts"]
     assert Recipe.load(tmp_path / "out" / "merge_recipe.yaml").text_route == "image"
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "pipeline_tag: any-to-any" in card and "library_name: transformers" in card
 
 
 def test_the_repository_loads(tmp_path, shared):
@@ -244,9 +242,7 @@ def test_the_last_touch_is_part_of_the_whole(tmp_path, shared):
 def test_a_modality_that_the_expert_does_not_bring(tmp_path, shared):
     folder, recipe = shared
     experts = {**recipe["experts"], "image": {"model": str(folder / "image"), "modality": "video"}}
-    with pytest.raises(
-        ValueError, match=r"experts.image.modality: found \['video'\], but the expert brings \['image'\]"
-    ):
+    with pytest.raises(ValueError, match=r"expert 'image': asked for \['video'\], but it brings \['image'\]"):
         run({**recipe, "experts": experts}, tmp_path / "out")
 
 
