@@ -1,11 +1,14 @@
 """mmer: the command line, and the public names (`from mmer import merge, Recipe, …`)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from configuration_mmer import MMERConfig
 from evaluation_mmer import demo as lab_demo
@@ -16,9 +19,19 @@ from modeling_mmer import MMERForConditionalGeneration
 from processing_mmer import MMERProcessor
 
 __version__ = version("mmer")
-__all__ = ["MMERConfig", "MMERForConditionalGeneration", "MMERProcessor", "MergeReport", "Recipe", "merge", "write_card"]
+__all__ = [
+    "MMERConfig",
+    "MMERForConditionalGeneration",
+    "MMERProcessor",
+    "MergeReport",
+    "Recipe",
+    "merge",
+    "write_card",
+]
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="One model from several multimodal LLMs of one base.")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="One model from several multimodal LLMs of one base."
+)
 console = Console()
 MARK = "merge_report.json"  # a folder that holds it was made by a merge, and may be replaced by the next one
 
@@ -26,11 +39,21 @@ MARK = "merge_report.json"  # a folder that holds it was made by a merge, and ma
 def merge(recipe: Recipe | dict[str, Any] | str | Path, out: str | Path, **options: Any) -> MergeReport:
     """Merge `recipe` (a Recipe, its fields as a mapping, or a YAML file) into the folder `out`, with its model card.
 
-    `options` are those of `merging_mmer.merge`. Raises ValueError for anything that does not fit; nothing is left behind.
+    `options` are those of `merging_mmer.merge`. Raises ValueError for what does not fit; nothing is left behind then.
     """
     if isinstance(recipe, dict):
         recipe = Recipe.from_dict(recipe)
     return merge_folder(recipe, out, finish=write_card, **options)
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """What a user can mend is one message on the screen, without a traceback; all else is a bug and shows one."""
+    try:
+        yield
+    except (ValueError, OSError, lab_demo.LabError) as error:
+        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
+        raise typer.Exit(1) from error
 
 
 @app.command("merge")
@@ -62,23 +85,12 @@ def demo(
 
 
 @app.command()
-def card(folder: Annotated[Path, typer.Argument(help="a merged folder")], repo: Annotated[str | None, typer.Option()] = None):
+def card(
+    folder: Annotated[Path, typer.Argument(help="a merged folder")], repo: Annotated[str | None, typer.Option()] = None
+):
     """Write the model card of a merged folder anew."""
     with _plain_errors():
         console.print(write_card(folder, repo))
-
-
-class _plain_errors:
-    """What a user can mend is one message on the screen, without a traceback; all else is a bug and shows one."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if isinstance(error, ValueError | RuntimeError | OSError) and not isinstance(error, NotImplementedError):
-            Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, markup=True)
-            raise typer.Exit(1) from error
-        return False
 
 
 if __name__ == "__main__":

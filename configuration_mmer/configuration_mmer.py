@@ -154,10 +154,10 @@ class MMERConfig(PreTrainedConfig):
             raise ValueError(f"decoupling.rank: found {rank!r}, expected a whole number of 0 or more")
         if kind == "paper" and (scale != "none" or rank != 0):
             raise ValueError(f"decoupling: kind 'paper' is the mask alone, but scale is {scale!r} and rank {rank}")
-        for field in ("delta_modules", "expert_tensors"):
-            names = getattr(self, field)
+        for where in ("delta_modules", "expert_tensors"):
+            names = getattr(self, where)
             if len(set(names)) != len(names):
-                raise ValueError(f"{field}: {sorted({n for n in names if names.count(n) > 1})} named more than once")
+                raise ValueError(f"{where}: {sorted({n for n in names if names.count(n) > 1})} named more than once")
 
     def _check_tokens(self):
         ids = [entry["id"] for expert in self.experts.values() for entry in expert["placeholders"].values()]

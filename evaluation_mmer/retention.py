@@ -1,8 +1,8 @@
 """What is left of each original expert in a merged model.
 
 Enters: items with known answers, an original expert, a merged folder. Leaves: accuracies with their Wilson intervals,
-retention (merged ÷ original) and agreement (share of items answered with the same words as the original). Invariant: every
-model of a comparison sees the same items in the same batches, and decodes greedily.
+retention (merged ÷ original) and agreement (share of items answered with the same words as the original). Invariant:
+every model of a comparison sees the same items in the same batches, and decodes greedily.
 """
 
 import math
@@ -19,7 +19,7 @@ NEW_TOKENS = 8
 
 
 def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The Wilson score interval of a share, at 95 % by default (Wilson 1927). Raises ValueError for an empty sample."""
+    """The Wilson score interval of a share, at 95 % by default (Wilson 1927). ValueError for an empty sample."""
     if not 0 <= right <= n or n == 0:
         raise ValueError(f"{right} right answers of {n}: expected 0 <= right <= n and n > 0")
     share, spread = right / n, z * z / n

@@ -1,7 +1,7 @@
 """The model card of a merged folder.
 
-Enters: the folder's config.json, merge_recipe.yaml and merge_report.json. Leaves: README.md, whose front matter the Hub
-reads. Invariant: every number in it stands in the report; nothing is typed by hand.
+Enters: the folder's config.json, merge_recipe.yaml and merge_report.json. Leaves: README.md, whose front matter the
+Hub reads. Invariant: every number in it stands in the report; nothing is typed by hand.
 """
 
 import json

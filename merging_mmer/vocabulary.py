@@ -261,11 +261,10 @@ def build_processor(
     default_experts: dict[str, str] | None = None,
 ) -> MMERProcessor:
     """The merged model's processor: the experts' own on the merged tokenizer, each with its own template."""
-    templates = dict(base_chat_template) if isinstance(base_chat_template, dict) else {"default": base_chat_template}
-    clash = set(templates) & set(processors)
+    clash = set(base_chat_template if isinstance(base_chat_template, dict) else ()) & set(processors)
     if clash:
         raise ValueError(f"the base has chat templates called {sorted(clash)}, like experts: rename these experts")
-    experts = []
+    experts, templates = [], {}
     for name, processor in processors.items():
         renamed = vocabulary.renamed[name]
         own_templates = processor.chat_template or getattr(processor.tokenizer, "chat_template", None) or {}
@@ -275,8 +274,9 @@ def build_processor(
             key = name if kind == "default" else f"{name}.{kind}"
             templates[key] = _replace(template, renamed)
         experts.append(_expert(name, processor, vocabulary, templates.get(name)))
-    known: dict[str, str] | str | None = {name: text for name, text in templates.items() if text is not None}
-    return MMERProcessor(vocabulary.tokenizer, experts, default_experts, text_route, known or None)
+    return MMERProcessor(
+        vocabulary.tokenizer, experts, default_experts, text_route, base_chat_template, expert_templates=templates
+    )
 
 
 def _replace(text: str, renamed: dict[str, str]) -> str:

@@ -23,6 +23,7 @@ class ConversationProcessor(ProcessorMixin):
     experts: dict[str, ExpertProcessor]
     default_experts: dict[str, str]
     text_route: str
+    expert_templates: dict[str, str]
     _added_tokens: tuple[str, ...]
 
     def _modalities_in_words(self) -> str:
@@ -169,7 +170,8 @@ class ConversationProcessor(ProcessorMixin):
         return out
 
     def _templates(self) -> dict[str, Any]:
-        return self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
+        base = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
+        return {**base, **self.expert_templates}
 
     def _planner(self, tools: list | None) -> ChatPlanner:
         templates = self._templates()

@@ -11,7 +11,7 @@ import copy
 from typing import Any
 
 import torch
-from transformers import BatchFeature, PreTrainedTokenizerBase
+from transformers import BatchFeature
 from transformers.processing_utils import MultiModalData
 
 from configuration_mmer.export_mmer import HubCodeMixin
@@ -34,7 +34,10 @@ class MMERProcessor(HubCodeMixin, ConversationProcessor):
         experts: the experts in route order, as `ExpertProcessor`s or as what `ExpertProcessor.to_dict` makes of them.
         default_experts: modality -> the expert that encodes it when none is named; the first with it when absent.
         text_route: "auto", "base", "merged" or an expert's name: the route of text where a call does not say.
-        chat_template: the base's template, or templates by name: "default" is the base's, an expert's name its own.
+        chat_template: the base's template, or its templates by name ("default", "tool_use", …).
+        expert_templates: the experts' own, under the expert's name, further ones under "<expert>.<template's name>".
+            They lie in processor_config.json: a template file of its own can be missing from a cache without a word,
+            and then prompts would change.
 
     Raises:
         ValueError: where names, modalities, placeholders or routes contradict one another.
@@ -42,21 +45,29 @@ class MMERProcessor(HubCodeMixin, ConversationProcessor):
 
     return_mm_token_type_ids = True
 
-    def __init__(self, tokenizer=None, experts=None, default_experts=None, text_route=AUTO, chat_template=None):
+    def __init__(
+        self,
+        tokenizer=None,
+        experts=None,
+        default_experts=None,
+        text_route=AUTO,
+        chat_template=None,
+        expert_templates=None,
+    ):
         if tokenizer is None:
             raise ValueError("MMERProcessor needs the merged tokenizer")
         if chat_template is None:
             chat_template = tokenizer.chat_template
-        templates = dict(chat_template) if isinstance(chat_template, dict) else {"default": chat_template}
-        if set(templates) == {"default"}:
-            chat_template = templates["default"]
+        if isinstance(chat_template, dict) and set(chat_template) == {"default"}:
+            chat_template = chat_template["default"]
+        self.expert_templates: dict[str, str] = dict(expert_templates or {})
         self.experts: dict[str, ExpertProcessor] = {}
         for entry in experts or []:
             name = entry.name if isinstance(entry, ExpertProcessor) else entry["name"]
             if name in self.experts or name in (AUTO, *ROUTE_NAMES, "default", "tool_use"):
                 raise ValueError(f"experts: {name!r} is there twice or is a reserved name")
             if not isinstance(entry, ExpertProcessor):
-                entry = ExpertProcessor.from_dict(entry, tokenizer, templates.get(name))
+                entry = ExpertProcessor.from_dict(entry, tokenizer, self.expert_templates.get(name))
             self.experts[name] = entry
         self.default_experts = {
             **{modality: name for name in reversed(self.experts) for modality in self.experts[name].modalities},
@@ -73,12 +84,8 @@ class MMERProcessor(HubCodeMixin, ConversationProcessor):
                 setattr(self, f"{modality}_token_id", own.placeholders[modality]["id"])
         self._added_tokens = tuple(str(token) for token in tokenizer.added_tokens_decoder.values())
         super().__init__(tokenizer, chat_template=chat_template)
-        self._set_base_template(tokenizer, templates)
-
-    def _set_base_template(self, tokenizer: PreTrainedTokenizerBase, templates: dict[str, str | None]):
-        # the tokenizer alone, as text-generation uses it, carries the base's templates only
-        base = {name: text for name, text in templates.items() if name.split(".")[0] not in self.experts}
-        tokenizer.chat_template = base.get("default") if set(base) <= {"default"} else base
+        # the tokenizer alone is what text-generation uses
+        tokenizer.chat_template = chat_template
 
     # what it is made of
 
@@ -135,6 +142,7 @@ class MMERProcessor(HubCodeMixin, ConversationProcessor):
             "experts": [own.to_dict() for own in self.experts.values()],
             "default_experts": self.default_experts,
             "text_route": self.text_route,
+            "expert_templates": self.expert_templates,
         }
         if getattr(self, "auto_map", None):
             values["auto_map"] = self.auto_map

@@ -7,7 +7,15 @@ import json
 import sys
 from pathlib import Path
 
-ROOMS = ("configuration_mmer", "processing_mmer", "modeling_mmer", "merging_mmer", "evaluation_mmer", "hub_cards", "mmer")
+ROOMS = (
+    "configuration_mmer",
+    "processing_mmer",
+    "modeling_mmer",
+    "merging_mmer",
+    "evaluation_mmer",
+    "hub_cards",
+    "mmer",
+)
 for room in ROOMS:
     sys.modules[room] = None
 

