@@ -5,6 +5,7 @@ and the media in their order. Invariant: each conversation is decided for itself
 alone.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ class ConversationProcessor(ProcessorMixin):
     text_route: str
     expert_templates: dict[str, str]
     _added_tokens: tuple[str, ...]
+    # (texts, media by modality, chosen experts, routes, settings, special tokens) -> everything the model takes
+    _process: Callable[..., BatchFeature]
 
     def _modalities_in_words(self) -> str:
         words = [f"{own.name} ({', '.join(own.modalities)})" for own in self.experts.values()]
@@ -61,17 +64,6 @@ class ConversationProcessor(ProcessorMixin):
         return {
             modality: self._expert_for(modality, name, "experts").name for modality, name in (experts or {}).items()
         }
-
-    def _process(
-        self,
-        texts: list[str] | None,
-        media: dict[str, Media],
-        chosen: dict[str, str],
-        text_route: str | list[str] | None,
-        kwargs: dict[str, Any],
-        add_special_tokens: list[bool] | None = None,
-    ) -> BatchFeature:
-        raise NotImplementedError
 
     def apply_chat_template(  # type: ignore[override]
         self,

@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -118,15 +119,22 @@ write_hub_code({str(second)!r})
 
 
 def test_a_wheel_holds_the_rooms_and_their_data(tmp_path):
-    subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path, ROOT], check=True, capture_output=True
-    )
+    tree = tmp_path / "tree"  # not here: what an earlier build left behind would get into the wheel
+    for name in [*ROOMS, *HOME]:
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("mmer.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copyfile(ROOT / name, tree / name)
+    command = [sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path, tree]
+    subprocess.run(command, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("mmer-*.whl")
     target = tmp_path / "site"
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", target, wheel]
     subprocess.run(command, check=True)
     source = {str(p.relative_to(ROOT)) for p in SOURCES}
-    assert source <= {str(p.relative_to(target)) for p in target.rglob("*.py")}
+    data = [path for place in ("evaluation_mmer/lab", "hub_cards") for path in (ROOT / place).rglob("*.*")]
+    source |= {str(path.relative_to(ROOT)) for path in data if path.suffix not in (".py", ".pyc")}
+    assert len(source) > len(SOURCES)
+    assert source <= {str(path.relative_to(target)) for path in target.rglob("*.*")}
     command = [sys.executable, "-c", "import mmer, modeling_mmer; print(modeling_mmer.__file__, mmer.__version__)"]
     environment = {**os.environ, "PYTHONPATH": str(target)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
