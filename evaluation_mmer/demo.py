@@ -20,8 +20,10 @@ from rich.table import Table
 from transformers import AutoModel, AutoProcessor
 
 from .lab import build_base, build_expert
+from .lab.cache import LabError
 from .lab.experts import STORED
 
+__all__ = ["LabError", "densities", "run", "samples"]
 EXPERTS = ("image", "audio")
 
 

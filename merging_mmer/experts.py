@@ -290,14 +290,16 @@ def _check_head(expert: Expert):
         )
 
 
+def sampled_matrices(base: Base) -> list[str]:
+    """Some matrices of the LLM, spread over its layers, for a first look."""
+    matrices = [name for name in base.names if len(base.shapes[name]) > 1 and name not in base.vocabulary_names]
+    return matrices[:: max(1, len(matrices) // _SAMPLED)][:_SAMPLED]
+
+
 def _check_distance(expert: Expert):
     """A first look at some matrices, so that a wrong base is refused in seconds; the merge checks all of them."""
-    matrices = [
-        n for n in expert.base.names if len(expert.base.shapes[n]) > 1 and n not in expert.base.vocabulary_names
-    ]
-    step = max(1, len(matrices) // _SAMPLED)
     distance = Distance()
-    for name in matrices[::step][:_SAMPLED]:
+    for name in sampled_matrices(expert.base):
         theta_0 = expert.base.tensor(name)
         distance.add(expert.task_vector(name, theta_0, len(theta_0)), theta_0)
     distance.check(expert.name, expert.base.source)

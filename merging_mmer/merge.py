@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoProcessor, AutoTokenizer
 
+from .decoupling import settle
 from .experts import Base, Expert, open_expert
 from .journal import Journal, fingerprint
 from .masks import correct
@@ -89,6 +90,8 @@ class _Merge:
         self.dtype = self._dtype()
         tokenizer = AutoTokenizer.from_pretrained(self.base.folder, trust_remote_code=trust_remote_code)
         self.tokens = len(tokenizer)
+        settled = settle(recipe.decoupling, self.experts, self.base, self.tokens)
+        self.recipe = recipe.model_copy(update={"decoupling": settled})
         processors = {
             e.name: AutoProcessor.from_pretrained(e.processor_folder, trust_remote_code=trust_remote_code)
             for e in self.experts

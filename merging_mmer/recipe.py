@@ -54,9 +54,9 @@ class Method(_Part):
 
 
 class Decoupling(_Part):
-    """How each expert is recovered from the merged vector."""
+    """How each expert is recovered from the merged vector. `auto`: see decoupling.py."""
 
-    kind: Literal["mask", "paper", "exact", "none"] = "mask"
+    kind: Literal["auto", "mask", "paper", "exact", "none"] = "auto"
     lam: float = Field(default=1.0, alias="lambda", ge=0)
     scale: Literal["row", "tensor", "none"] = "row"
     rank: int = Field(default=16, ge=0)
@@ -65,9 +65,13 @@ class Decoupling(_Part):
     @classmethod
     def _fixed_by_kind(cls, values: Any) -> Any:
         """Only `mask` has scales and corrections of one's choice; the other kinds fix both."""
-        if not isinstance(values, dict) or values.get("kind", "mask") not in ("paper", "exact", "none"):
+        if not isinstance(values, dict):
             return values
-        kind = values["kind"]
+        if "kind" not in values and values:
+            return {"kind": "mask", **values}  # who sets scale, rank or lambda speaks of masks
+        kind = values.get("kind")
+        if kind not in ("paper", "exact", "none"):
+            return values
         fixed = {"scale": "none"} if kind == "exact" else {"scale": "none", "rank": 0}
         against = [f"{key} {values[key]!r}" for key, value in fixed.items() if values.get(key, value) != value]
         if kind == "exact" and values.get("rank"):
