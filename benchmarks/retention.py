@@ -26,20 +26,16 @@ from evaluation_mmer.lab.experts import conversation, processor_inputs
 from evaluation_mmer.retention import Score, batched, evaluate
 from mmer import MMERForConditionalGeneration, merge
 
-DEFAULT: dict[str, Any] = {}  # the recipe's own defaults
+DEFAULT: dict[str, Any] = {}  # the recipe's own defaults; for LoRA experts such as these: kind exact
 SWEEP: dict[str, dict[str, Any]] = {
     "paper": {"decoupling": {"kind": "paper"}},
     "paper, density 0.2": {"method": {"density": 0.2}, "decoupling": {"kind": "paper"}},
     "paper, lambda 0.4": {"decoupling": {"kind": "paper", "lambda": 0.4}},
-    "mask + row scales": {"decoupling": {"kind": "mask", "scale": "row", "rank": 0}},
-    "mask + row scales, density 0.2": {"method": {"density": 0.2}, "decoupling": {"scale": "row", "rank": 0}},
-    "mask + row scales, lambda 0.4": {"decoupling": {"scale": "row", "rank": 0, "lambda": 0.4}},
-    "mask + rank 16, no scales": {"decoupling": {"scale": "none", "rank": 16}},
-    "mask + row scales + rank 8": {"decoupling": {"scale": "row", "rank": 8}},
-    "mask + row scales + rank 16": {"decoupling": {"scale": "row", "rank": 16}},
-    "mask + row scales + rank 16, lambda 0.4": {"decoupling": {"scale": "row", "rank": 16, "lambda": 0.4}},
-    "mask + row scales + rank 32": {"decoupling": {"scale": "row", "rank": 32}},
-    "exact LoRA": {"decoupling": {"kind": "exact"}},
+    "mask, row scales": {"decoupling": {"kind": "mask", "scale": "row", "rank": 0}},
+    "mask, row scales, rank 8": {"decoupling": {"kind": "mask", "scale": "row", "rank": 8}},
+    "mask, row scales, rank 16": {"decoupling": {"kind": "mask", "scale": "row", "rank": 16}},
+    "mask, row scales, rank 32": {"decoupling": {"kind": "mask", "scale": "row", "rank": 32}},
+    "mask, rank 16, no scales": {"decoupling": {"kind": "mask", "scale": "none", "rank": 16}},
 }
 BATCH = 40
 EXPERTS = ("image", "audio")
@@ -101,15 +97,30 @@ def keep(path: Path, rows: list[dict[str, Any]]):
     path.write_text(json.dumps(list(all_rows.values()), indent=1) + "\n")
 
 
+def markdown(path: Path) -> str:
+    """The rows of a results file as the README shows them."""
+    lines = ["| expert | parameters | accuracy (95 %) | retention | bits a parameter |", "|---|---|---|---|---|"]
+    for row in sorted(json.loads(path.read_text()), key=lambda row: EXPERTS.index(row["expert"])):
+        low, high = row["interval"]
+        cost = "–" if row["bits_per_parameter"] is None else f"{row['bits_per_parameter']:.2f}"
+        accuracy = f"{row['accuracy']:.1%} ({low:.1%} – {high:.1%})"
+        lines.append(f"| {row['expert']} | {row['parameters']} | {accuracy} | {row['retention']:.1%} | {cost} |")
+    return "\n".join(lines)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--experts", default="image,audio", help="names, with commas (default: image,audio)")
     parser.add_argument("--items", type=int, default=400, help="held-out items an expert (default: 400)")
     parser.add_argument("--seed", type=int, default=0, help="order of the items (default: 0)")
     parser.add_argument("--sweep", action="store_true", help="every way of decoupling, not the default alone")
-    parser.add_argument("--only", help="of the sweep, the ways whose name holds this")
+    parser.add_argument("--only", nargs="+", help="of all ways, those with exactly these names (default among them)")
     parser.add_argument("--json", type=Path, help="put the rows into this file, in place of older ones of their name")
+    parser.add_argument("--markdown", type=Path, help="only print the rows of this results file as a table")
     arguments = parser.parse_args()
+    if arguments.markdown:
+        print(markdown(arguments.markdown))
+        return
     names = arguments.experts.split(",")
     items = {name: load_items(name, "test", arguments.items, arguments.seed) for name in names}
     originals = {name: original(name, items[name]) for name in names}
@@ -118,8 +129,10 @@ def main():
     )
     rows = [row(table, "original expert", originals[name], originals[name], name=name) for name in names]
     ways: dict[str, dict[str, Any]] = {"default": DEFAULT}
-    if arguments.sweep:
-        ways |= {label: way for label, way in SWEEP.items() if arguments.only is None or arguments.only in label}
+    if arguments.sweep or arguments.only:
+        ways |= SWEEP
+    if arguments.only:
+        ways = {label: ways[label] for label in arguments.only}
     prompts: dict[str, list[dict[str, torch.Tensor]]] = {}
     for label, settings in ways.items():
         with tempfile.TemporaryDirectory() as folder:

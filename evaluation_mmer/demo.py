@@ -50,10 +50,11 @@ def samples() -> dict[str, list[dict[str, Any]]]:
 
 
 def recipe(base: Path, experts: dict[str, Any]) -> dict[str, Any]:
-    """The demo's recipe; everything that is not named is the default."""
+    """The demo's recipe. The lab's experts are LoRAs, which `auto` would keep as they are; the demo shows masks."""
     return {
         "base": str(base),
         "experts": {name: {"lora": str(e.lora), "tower": str(e.tower)} for name, e in experts.items()},
+        "decoupling": {"kind": "mask"},
     }
 
 
