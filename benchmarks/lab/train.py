@@ -1,0 +1,208 @@
+"""Trains a lab expert: in go base, encoder and train split, out comes a folder like `evaluation_mmer/lab/image`.
+
+    python benchmarks/lab/train.py --expert image --steps 3000 --out runs/image
+
+The adapter (LoRA on every linear of the LLM), the connector and the rows of added tokens learn; encoder and base stay
+frozen. The best checkpoint on the validation split is kept in OUT: connector.safetensors, adapter_config.json,
+adapter_model.safetensors, expert.json (the run, with its curve). The test split is never looked at. See README.md.
+"""
+
+import argparse
+import json
+import math
+import random
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from sequences import Batch, Features, answer_logits, media_token, shared_prefix
+from torch import nn
+from transformers import AutoProcessor, PreTrainedModel
+
+from evaluation_mmer.lab.datasets import ANSWERS, QUESTIONS, load_items
+from evaluation_mmer.lab.experts import build_base, build_encoder
+from evaluation_mmer.lab.towers import LAYOUTS, new_connector, write_tower
+
+LINEARS = r"model\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--expert", choices=sorted(LAYOUTS), required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="end earlier, the learning rate decayed by then"
+    )
+    parser.add_argument("--start-from", type=Path, help="folder of an earlier run, to go on from its best checkpoint")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=5e-4, help="of the adapter; the connector's is twice that")
+    parser.add_argument("--validate-every", type=int, default=100)
+    parser.add_argument("--validation-items", type=int, default=256)
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="bfloat16")
+    return parser.parse_args()
+
+
+class Trainee:
+    """The expert being trained: a stock model whose encoder and base are frozen, with an adapter around its LLM."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        name, start = options.expert, options.start_from
+        base, encoder = build_base(), build_encoder(name)
+        connector = new_connector(name, base, encoder, options.seed)
+        if start:
+            connector = {key: value.float() for key, value in load_file(start / "connector.safetensors").items()}
+        self.precision: torch.dtype = getattr(torch, options.precision)
+        with tempfile.TemporaryDirectory() as tower:
+            write_tower(name, base, encoder, connector, Path(tower))
+            self.processor: Any = AutoProcessor.from_pretrained(tower)
+            self.model: PreTrainedModel = LAYOUTS[name].model.from_pretrained(
+                tower,
+                dtype=self.precision,
+                attn_implementation="eager",  # whose backward is faster than sdpa's on short sequences
+            )
+        self.model.requires_grad_(False)
+        self.model.get_submodule(f"model.{LAYOUTS[name].encoder}").float()  # features as a float32 expert has them
+        self.projector = self.model.get_submodule("model.multi_modal_projector").float()
+        self.added = nn.Parameter(connector["added_embeddings"])
+        config = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules=LINEARS, bias="none")
+        self.peft = get_peft_model(self.model, config)
+        if start:
+            set_peft_model_state_dict(self.peft, load_file(start / "adapter_model.safetensors"))
+        self.projector.requires_grad_(True)
+
+    def logits(self, prefix: torch.Tensor, batch: Batch) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == torch.bfloat16):
+            return answer_logits(self.model, self.added, prefix, batch).float()
+
+    def groups(self, lr: float) -> list[dict[str, Any]]:
+        adapter = [value for name, value in self.peft.named_parameters() if "lora_" in name]
+        connector = [*self.projector.parameters(), self.added]
+        return [{"params": adapter, "lr": lr}, {"params": connector, "lr": 2 * lr}]
+
+    def save(self, out: Path) -> None:
+        """What ships, in bf16."""
+        out.mkdir(parents=True, exist_ok=True)
+        connector = {f"multi_modal_projector.{key}": value for key, value in self.projector.state_dict().items()}
+        connector["added_embeddings"] = self.added
+        half = {key: value.detach().to(torch.bfloat16).contiguous() for key, value in sorted(connector.items())}
+        save_file(half, out / "connector.safetensors", {"format": "pt"})
+        adapter = get_peft_model_state_dict(self.peft, save_embedding_layers=False)
+        half = {key: value.detach().to(torch.bfloat16).contiguous() for key, value in sorted(adapter.items())}
+        save_file(half, out / "adapter_model.safetensors", {"format": "pt"})
+
+
+def validate(trainee: Trainee, features: Features, prefix: torch.Tensor) -> float:
+    """Share of items of which every answer token is the most likely one: what greedy generation would get right."""
+    right = 0
+    trainee.model.eval()
+    with torch.no_grad():
+        for start in range(0, len(features), 16):
+            rows = range(start, min(start + 16, len(features)))
+            batch = features.batch(rows, len(prefix))
+            hits = trainee.logits(prefix, batch).argmax(-1) == batch.targets[batch.targets >= 0]
+            owners = (batch.targets >= 0).nonzero()[:, 0]
+            right += len(rows) - len(owners[~hits].unique())
+    trainee.model.train()
+    return right / len(features)
+
+
+def rate(done: float) -> float:
+    """Factor of the learning rates when `done` of the run is over: linear for 3 %, then a cosine down to 2 %."""
+    if done < 0.03:
+        return max(done / 0.03, 0.02)
+    return 0.02 + 0.49 * (1 + math.cos(math.pi * min(1.0, (done - 0.03) / 0.97)))
+
+
+def order(count: int, draws: int, seed: int) -> list[int]:
+    """Item numbers for the whole run: permutation after permutation."""
+    generator = random.Random(seed)
+    drawn: list[int] = []
+    while len(drawn) < draws:
+        epoch = list(range(count))
+        if drawn:  # items come shuffled: the first pass takes them in order, so that features are computed in chunks
+            generator.shuffle(epoch)
+        drawn += epoch
+    return drawn[:draws]
+
+
+def main() -> None:
+    options = arguments()
+    torch.manual_seed(options.seed)
+    trainee = Trainee(options)
+    media_id = media_token(trainee.model)
+    wanted = options.steps * options.batch
+    items = load_items(options.expert, "train", seed=options.seed)[:wanted]
+    held = load_items(options.expert, "validation", options.validation_items if options.expert == "image" else None)
+    train = Features(trainee.model, trainee.processor, items, media_id)
+    validation = Features(trainee.model, trainee.processor, held, media_id)
+    prefix = torch.tensor(shared_prefix(train[0][0], min(added_ids(options.expert, trainee.processor))))
+    groups = trainee.groups(options.lr)
+    optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
+    drawn = order(len(items), wanted, options.seed)
+    trainable = [value for group in groups for value in group["params"]]
+    print(f"{sum(value.numel() for value in trainable):,} trainable of {len(items)} items", flush=True)
+
+    curve: list[dict[str, float]] = []
+    best, began, losses = -1.0, time.perf_counter(), []
+    trainee.model.train()
+    for step in range(1, options.steps + 1):
+        done = max(step / options.steps, (time.perf_counter() - began) / 60 / options.minutes)
+        for group, peak in zip(optimiser.param_groups, (options.lr, 2 * options.lr)):
+            group["lr"] = peak * rate(done)
+        batch = train.batch(drawn[(step - 1) * options.batch : step * options.batch], len(prefix))
+        loss = nn.functional.cross_entropy(trainee.logits(prefix, batch), batch.targets[batch.targets >= 0])
+        loss.backward()
+        nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(loss.item())
+        if step % options.validate_every == 0 or step == options.steps or done >= 1:
+            accuracy = validate(trainee, validation, prefix)
+            seconds = time.perf_counter() - began
+            point = {"step": step, "loss": sum(losses) / len(losses), "validation": accuracy, "seconds": seconds}
+            curve.append({key: round(value, 4) for key, value in point.items()})
+            print(json.dumps(curve[-1]), flush=True)
+            losses = []
+            if accuracy >= best:
+                best = accuracy
+                write_out(options, trainee, curve, len(held))
+        if done >= 1:
+            break
+
+
+def added_ids(name: str, processor: Any) -> list[int]:
+    return processor.tokenizer.convert_tokens_to_ids(list(LAYOUTS[name].added_tokens))
+
+
+def write_out(options: argparse.Namespace, trainee: Trainee, curve: list[dict[str, float]], held: int) -> None:
+    trainee.save(options.out)
+    adapter = trainee.peft.peft_config["default"].to_dict()
+    adapter.update(base_model_name_or_path=f"mmer-lab-{options.expert}", inference_mode=True, target_modules=LINEARS)
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in adapter.items()}
+    (options.out / "adapter_config.json").write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n")
+    training = {key: getattr(options, key) for key in ("steps", "seed", "batch", "rank", "lr", "precision")}
+    if options.minutes < math.inf:
+        training["minutes"] = options.minutes
+    if options.start_from:
+        training["after"] = json.loads((options.start_from / "expert.json").read_text())["training"]
+    facts = {
+        "name": options.expert,
+        "question": QUESTIONS[options.expert],
+        "answers": list(ANSWERS[options.expert]),
+        "training": training,
+        "validation_items": held,
+        "best": curve[-1],
+    }
+    (options.out / "curve.json").write_text(json.dumps(curve, indent=2) + "\n")
+    (options.out / "expert.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
