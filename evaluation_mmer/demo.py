@@ -25,6 +25,7 @@ from .lab.experts import STORED
 
 __all__ = ["LabError", "densities", "run", "samples"]
 EXPERTS = ("image", "audio")
+SHOWN, SPOKEN = "What clothing item is shown?", "What word is spoken?"
 
 
 @dataclass
@@ -36,8 +37,10 @@ class Clock:
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
         started = time.monotonic()
-        yield
-        self.seconds[name] = time.monotonic() - started
+        try:
+            yield
+        finally:
+            self.seconds[name] = time.monotonic() - started
 
 
 def samples() -> dict[str, list[dict[str, Any]]]:
@@ -58,8 +61,8 @@ def recipe(base: Path, experts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def conversations() -> list[tuple[str, list[dict[str, Any]]]]:
-    """(title, chat) of the four questions."""
+def conversations() -> list[tuple[str, list[dict[str, Any]], str]]:
+    """(title, chat, text route) of the questions. With two media, a text route named by hand says who is asked."""
     media = samples()
     picture = {"type": "image", "path": media["image"][0]["file"]}
     sound = {"type": "audio", "path": media["audio"][0]["file"]}
@@ -71,11 +74,11 @@ def conversations() -> list[tuple[str, list[dict[str, Any]]]]:
         return {"type": "text", "text": words}
 
     return [
-        (f"a picture of: {media['image'][0]['answer']}", ask(picture, text("What clothing item is shown?"))),
-        (f"a voice saying: {media['audio'][0]['answer']}", ask(sound, text("What word is spoken?"))),
-        ("both in one prompt, about the sound", ask(picture, sound, text("What word is spoken?"))),
-        ("both in one prompt, about the picture", ask(picture, sound, text("What clothing item is shown?"))),
-        ("text alone", ask(text("What is the capital of France? Answer in one sentence."))),
+        (f"a picture of: {media['image'][0]['answer']}", ask(picture, text(SHOWN)), "auto"),
+        (f"a voice saying: {media['audio'][0]['answer']}", ask(sound, text(SPOKEN)), "auto"),
+        ("both in one prompt, about the sound", ask(sound, picture, text(SPOKEN)), "auto"),
+        ('both in one prompt, about the picture, text_route="image"', ask(sound, picture, text(SHOWN)), "image"),
+        ("text alone", ask(text("What is the capital of France? Answer in one sentence.")), "auto"),
     ]
 
 
@@ -103,9 +106,11 @@ def run(out: Path, merge: Callable[..., Any], console: Console) -> None:
         processor = AutoProcessor.from_pretrained(out, trust_remote_code=True)
     console.print(densities(report))
     names = ["base", "merged", *model.config.expert_names]
-    for title, chat in conversations():
+    for title, chat, route in conversations():
         with clock.step(f"answer: {title}"):
-            inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, add_generation_prompt=True)
+            inputs = processor.apply_chat_template(
+                chat, tokenize=True, return_dict=True, add_generation_prompt=True, text_route=route
+            )
             tokens = model.generate(**inputs, do_sample=False, max_new_tokens=24)
         answer = processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         console.print(f"\n[bold]{title}[/bold]\n  {chat[0]['content'][-1]['text']}\n  [green]{answer.strip()}[/green]")
