@@ -99,12 +99,13 @@ def keep(path: Path, rows: list[dict[str, Any]]):
 
 def markdown(path: Path) -> str:
     """The rows of a results file as the README shows them."""
-    lines = ["| expert | parameters | accuracy (95 %) | retention | bits a parameter |", "|---|---|---|---|---|"]
+    lines = ["| expert | parameters | accuracy (95 %) | retention | same words | bits |", "|---|---|---|---|---|---|"]
     for row in sorted(json.loads(path.read_text()), key=lambda row: EXPERTS.index(row["expert"])):
         low, high = row["interval"]
         cost = "–" if row["bits_per_parameter"] is None else f"{row['bits_per_parameter']:.2f}"
         accuracy = f"{row['accuracy']:.1%} ({low:.1%} – {high:.1%})"
-        lines.append(f"| {row['expert']} | {row['parameters']} | {accuracy} | {row['retention']:.1%} | {cost} |")
+        shares = f"{row['retention']:.1%} | {row['agreement']:.1%}"
+        lines.append(f"| {row['expert']} | {row['parameters']} | {accuracy} | {shares} | {cost} |")
     return "\n".join(lines)
 
 

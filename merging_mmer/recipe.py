@@ -59,7 +59,7 @@ class Decoupling(_Part):
     kind: Literal["auto", "mask", "paper", "exact", "none"] = "auto"
     lam: float = Field(default=1.0, alias="lambda", ge=0)
     scale: Literal["row", "tensor", "none"] = "row"
-    rank: int = Field(default=16, ge=0)
+    rank: int = Field(default=8, ge=0)
 
     @model_validator(mode="before")
     @classmethod

@@ -88,4 +88,4 @@ def test_what_the_recipe_says_holds(tmp_path, choice):
 def test_full_experts_are_masked_by_default(tmp_path):
     run(world(tmp_path), tmp_path / "out")
     config = MMERConfig.from_pretrained(tmp_path / "out")
-    assert config.decoupling == {"kind": "mask", "scale": "row", "rank": 16}
+    assert config.decoupling == {"kind": "mask", "scale": "row", "rank": 8}

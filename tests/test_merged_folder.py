@@ -143,7 +143,7 @@ def test_the_repository_is_whole(tmp_path, shared):
         written["experts"]["image"]["sha256"]["model.safetensors"]
         == hashlib.sha256((folder / "image" / "model.safetensors").read_bytes()).hexdigest()
     )
-    assert written["experts"]["audio"]["lambda"] == 1.0 and written["decoupling"]["rank"] == 16
+    assert written["experts"]["audio"]["lambda"] == 1.0 and written["decoupling"]["rank"] == 8
     assert report.experts == written["experts"]
     assert Recipe.load(tmp_path / "out" / "merge_recipe.yaml").text_route == "image"
 

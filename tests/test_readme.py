@@ -71,13 +71,15 @@ def test_the_test_command_is_what_ci_runs():
 
 def test_the_table_is_what_was_measured():
     rows = {(row["expert"], row["parameters"]): row for row in json.loads(RESULTS.read_text())}
-    shown = re.findall(r"^\| (image|audio) \| ([^|]+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|", README, re.MULTILINE)
+    cells = r" ([^|]+) \|" * 5
+    shown = re.findall(rf"^\| (image|audio) \|{cells}", section("What is retained"), re.MULTILINE)
     assert len(shown) >= 8
-    for expert, parameters, accuracy, retention, bits in shown:
+    for expert, parameters, accuracy, retention, same, bits in shown:
         row = rows[expert, parameters.strip()]
         low, high = row["interval"]
         assert accuracy.strip() == f"{row['accuracy']:.1%} ({low:.1%} – {high:.1%})"
         assert retention.strip() == f"{row['retention']:.1%}"
+        assert same.strip() == f"{row['agreement']:.1%}"
         cost = row["bits_per_parameter"]
         assert bits.strip() == ("–" if cost is None else f"{cost:.2f}")
         assert row["n"] >= 400

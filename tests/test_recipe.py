@@ -41,7 +41,7 @@ def test_defaults():
         "base": "org/base",
         "experts": {"image": {"model": "org/llava", "lambda": 1.0, "weight": 1.0, "density": 1.0}},
         "method": {"name": "ties", "density": 1.0, "scope": "tensor", "alpha": 1.0},
-        "decoupling": {"kind": "auto", "lambda": 1.0, "scale": "row", "rank": 16},
+        "decoupling": {"kind": "auto", "lambda": 1.0, "scale": "row", "rank": 8},
         "text_route": "auto",
         "dtype": None,
     }
