@@ -15,7 +15,9 @@ from .tiny_processors import (
     make_llava,
     make_tokenizer,
     merged,
-    sound,
+    noise,
+    picture,
+    text,
 )
 
 LISTS_TOO = (
@@ -27,18 +29,6 @@ LISTS_TOO = (
 @pytest.fixture(scope="module")
 def three():
     return merged({"image": "llava", "audio": "qwen_audio", "medical": "llava"})[0]
-
-
-def text(words):
-    return {"type": "text", "text": words}
-
-
-def picture(seed=0, **more):
-    return {"type": "image", "image": image(seed), **more}
-
-
-def noise(seed=0):
-    return {"type": "audio", "audio": sound(seed)}
 
 
 def user(*content):

@@ -6,27 +6,7 @@ import pickle
 import pytest
 import torch
 
-from .tiny_processors import image, merged, sound, to_merged_ids, video
-
-
-def user(*content, role="user"):
-    return {"role": role, "content": list(content)}
-
-
-def text(words):
-    return {"type": "text", "text": words}
-
-
-def picture(seed=0, **more):
-    return {"type": "image", "image": image(seed), **more}
-
-
-def clip(seed=0, **more):
-    return {"type": "video", "video": video(seed), **more}
-
-
-def noise(seed=0, samples=8000):
-    return {"type": "audio", "audio": sound(seed, samples)}
+from .tiny_processors import clip, image, merged, noise, picture, text, to_merged_ids, user, video
 
 
 def assert_same_as_expert(kind, conversations, bos=False):

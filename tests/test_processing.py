@@ -17,7 +17,7 @@ from processing_mmer.expert_processors_mmer import OWN_CLASSES, ExpertProcessor,
 from processing_mmer.media_mmer import is_item, sort_media
 from processing_mmer.tokens_mmer import pad_rows
 
-from .tiny_processors import image, make_tokenizer, merged, sound, video
+from .tiny_processors import clip, image, make_tokenizer, merged, noise, picture, sound, text, user, video
 
 ALL = {"image": "llava", "audio": "qwen_audio", "video": "video_llava", "scan": "onevision"}
 
@@ -25,26 +25,6 @@ ALL = {"image": "llava", "audio": "qwen_audio", "video": "video_llava", "scan": 
 @pytest.fixture(scope="module")
 def everything():
     return merged(ALL)[0]
-
-
-def user(*content, role="user"):
-    return {"role": role, "content": list(content)}
-
-
-def text(words):
-    return {"type": "text", "text": words}
-
-
-def picture(seed=0, **more):
-    return {"type": "image", "image": image(seed), **more}
-
-
-def clip(seed=0, **more):
-    return {"type": "video", "video": video(seed), **more}
-
-
-def noise(seed=0, samples=8000):
-    return {"type": "audio", "audio": sound(seed, samples)}
 
 
 def mixed_conversations():

@@ -222,3 +222,26 @@ def video(seed: int = 0, frames: int = 3) -> np.ndarray:
 
 def sound(seed: int = 0, samples: int = 8000) -> np.ndarray:
     return (np.random.default_rng(seed).standard_normal(samples) * 0.1).astype(np.float32)
+
+
+# chat messages and their blocks
+
+
+def user(*content, role="user"):
+    return {"role": role, "content": list(content)}
+
+
+def text(words):
+    return {"type": "text", "text": words}
+
+
+def picture(seed=0, **more):
+    return {"type": "image", "image": image(seed), **more}
+
+
+def clip(seed=0, **more):
+    return {"type": "video", "video": video(seed), **more}
+
+
+def noise(seed=0, samples=8000):
+    return {"type": "audio", "audio": sound(seed, samples)}
