@@ -185,8 +185,10 @@ class MMERModel(MMERPreTrainedModel):
             # a decoding loop of the user's own passes neither: what the prompt was given travels with its cache
             text_route = getattr(past_key_values, "mmer_text_route", None)
         if input_ids is not None:
+            # a route named in words overrules the ids that the processor passed along
+            named = isinstance(text_route, (str, list))
             derived, text_route = self.routes(input_ids, text_route)
-            return RoutePlan(derived if route_ids is None else route_ids), text_route
+            return RoutePlan(derived if route_ids is None or named else route_ids), text_route
         if not isinstance(text_route, torch.Tensor):
             name = self.config.text_route if text_route is None else text_route
             names = [name] * inputs_embeds.shape[0] if isinstance(name, str) else name

@@ -144,6 +144,19 @@ def test_a_text_route_can_be_asked_for(model, route):
     assert out.tolist() == ids.tolist()
 
 
+def test_a_route_named_in_words_overrules_what_the_processor_passed(model):
+    sample = alone(3)
+    route_ids, text_route = model.model.routes(sample["input_ids"], None)
+    passed = {**sample, "route_ids": route_ids, "text_route": text_route}
+    for route in ("base", ["audio"]):
+        with torch.no_grad():
+            got = model(**{**passed, "text_route": route}).logits
+            assert torch.equal(got, model(**sample, text_route=route).logits)
+            assert not torch.equal(got, model(**passed).logits)
+        answer = model.generate(**{**passed, "text_route": route}, **PLAIN)
+        assert torch.equal(answer, model.generate(**sample, **PLAIN, text_route=route))
+
+
 def test_a_text_route_for_each_sample(model):
     batch = together([0, 1])
     out = model.generate(**batch, **PLAIN, text_route=["merged", "base"])
