@@ -158,11 +158,6 @@ class Expert:
         delta = self.adapter.delta(self.llm[name]) if self.adapter else None
         return stored if delta is None else stored.float() + delta
 
-    def vocabulary_rows(self, name: str, rows: list[int]) -> torch.Tensor | None:
-        """Rows of this expert's own embedding or head, or None when its matrix ends before one of them."""
-        theta = self.exact_tensor(name)
-        return theta[rows] if max(rows) < len(theta) else None
-
     def tower_tensor(self, name: str) -> torch.Tensor:
         """A tensor of the tower, unchanged; where a LoRA reaches it, folded in fp32 and rounded to its dtype."""
         full = self.tower[name]

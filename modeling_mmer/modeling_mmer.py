@@ -19,7 +19,7 @@ from transformers.utils.generic import can_return_tuple
 
 from configuration_mmer.configuration_mmer import MMERConfig
 from configuration_mmer.export_mmer import HubCodeMixin
-from configuration_mmer.routes_mmer import AUTO, BASE_ROUTE, named_route, route_tokens
+from configuration_mmer.routes_mmer import BASE_ROUTE, route_tokens
 
 from .generation_mmer import MMERGenerationMixin
 from .routing_mmer import RoutedWeight, RoutePlan, embed_rows, install_routing, route_scope, route_weight_of
@@ -184,21 +184,12 @@ class MMERModel(MMERPreTrainedModel):
         if text_route is None and route_ids is None:
             # a decoding loop of the user's own passes neither: what the prompt was given travels with its cache
             text_route = getattr(past_key_values, "mmer_text_route", None)
-        if input_ids is not None:
-            # a route named in words overrules the ids that the processor passed along
-            named = isinstance(text_route, (str, list))
-            derived, text_route = self.routes(input_ids, text_route)
-            return RoutePlan(derived if route_ids is None or named else route_ids), text_route
-        if not isinstance(text_route, torch.Tensor):
-            name = self.config.text_route if text_route is None else text_route
-            names = [name] * inputs_embeds.shape[0] if isinstance(name, str) else name
-            text_route = torch.tensor(
-                [BASE_ROUTE if n == AUTO else named_route(n, self.config.expert_names) for n in names],
-                device=inputs_embeds.device,
-            )
-        if route_ids is None:
-            route_ids = text_route.unsqueeze(-1).expand(inputs_embeds.shape[:2])
-        return RoutePlan(route_ids), text_route
+        # a route named in words overrules the ids that the processor passed along
+        overruled = input_ids is not None and isinstance(text_route, (str, list))
+        # embeddings that come without ids are text, as far as can be known
+        ids = torch.full(inputs_embeds.shape[:2], -1, device=inputs_embeds.device) if input_ids is None else input_ids
+        derived, text_route = self.routes(ids, text_route)
+        return RoutePlan(derived if route_ids is None or overruled else route_ids), text_route
 
     @can_return_tuple
     def forward(

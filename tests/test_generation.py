@@ -157,6 +157,19 @@ def test_a_route_named_in_words_overrules_what_the_processor_passed(model):
         assert torch.equal(answer, model.generate(**sample, **PLAIN, text_route=route))
 
 
+def test_embeddings_without_ids_are_text(model):
+    """Base unless a route is named, one for all or one a sample; a wrong number of names is refused."""
+    ids = torch.tensor([[10, 11, 12], [13, 14, 15]])
+    for route in (None, "merged", ["audio", "auto"]):
+        with torch.no_grad():
+            want = model(input_ids=ids, text_route=route).logits
+            # the added tokens' rows and the embedding take no route here, so both ways embed alike
+            got = model(inputs_embeds=model.get_input_embeddings()(ids), text_route=route).logits
+        assert torch.equal(got, want)
+    with pytest.raises(ValueError, match="1 routes for a batch of 2"):
+        model(inputs_embeds=model.get_input_embeddings()(ids), text_route=["merged"])
+
+
 def test_a_text_route_for_each_sample(model):
     batch = together([0, 1])
     out = model.generate(**batch, **PLAIN, text_route=["merged", "base"])

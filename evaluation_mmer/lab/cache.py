@@ -58,14 +58,6 @@ def publish(target: Path, write: Callable[[Path], None]) -> Path:
     return target
 
 
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def tensors_sha256(path: Path) -> str:
     """One hash of names, dtypes, shapes and bytes of a safetensors file; the header's layout does not matter."""
     digest = hashlib.sha256()

