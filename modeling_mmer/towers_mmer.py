@@ -13,6 +13,10 @@ import torch
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 
+from configuration_mmer.composed_config_mmer import ComposedConfig
+
+from .composed_mmer import ComposedModel
+
 # the tensors whose presence means "there is media of this modality", in the words of the experts' processors
 MEDIA_INPUTS = {
     "image": ("pixel_values", "pixel_values_images"),
@@ -55,7 +59,11 @@ def build_tower(config: PreTrainedConfig, attn_implementation: str | None = None
     Raises ValueError when transformers has no class for `config`, or the class has no language model inside.
     """
     kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    tower = AutoModel.from_config(_without_layers(config), **kwargs)
+    emptied = _without_layers(config)
+    if isinstance(config, ComposedConfig):
+        tower: PreTrainedModel = ComposedModel._from_config(emptied, **kwargs)
+    else:
+        tower = AutoModel.from_config(emptied, **kwargs)
     name = language_model_name(tower)
     delattr(tower, name)
     tower.register_module(name, None)
@@ -91,10 +99,12 @@ def tower_features(tower: PreTrainedModel, modality: str, inputs: dict[str, torc
 
 def _in_tower_dtype(tower: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     dtype, device = tower.dtype, tower.device
+    whole = getattr(tower, "full_precision_inputs", ())
     moved = {}
     for name, value in inputs.items():
         if isinstance(value, torch.Tensor):
-            value = value.to(device, dtype) if value.is_floating_point() else value.to(device)
+            cast = value.is_floating_point() and name not in whole
+            value = value.to(device, dtype) if cast else value.to(device)
         moved[name] = value
     return moved
 

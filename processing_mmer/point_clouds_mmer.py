@@ -1,4 +1,4 @@
-"""Point clouds: a file or an array becomes (N, 3) or (N, 6) float32; then sampling, then the unit ball.
+"""Point clouds: a file or an array becomes (N, 3) or (N, 6) float32; then sampling, then the unit ball; then tensors.
 
 Columns are x, y, z and, where the source has colours, red, green, blue in [0, 1]. Invariant: nothing here is random
 unless a seed says how, so the same file gives the same points.
@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from transformers import BatchFeature
+
+from .processor_classes_mmer import own_class
 
 MESH_SUFFIXES = (".ply", ".obj", ".glb", ".gltf", ".off", ".stl")
 DEFAULT_POINTS = 8192
@@ -133,3 +137,59 @@ def normalise_points(points: np.ndarray) -> np.ndarray:
     radius = float(np.linalg.norm(centred, axis=1).max())
     points[:, :3] = centred / radius if radius > 0 else centred
     return points
+
+
+@own_class
+class PointCloudProcessor:
+    r"""Point clouds of any size to one tensor, as an expert was trained.
+
+    Args:
+        points: points of a cloud.
+        dims: 3 (x y z) or 6 (and red green blue in [0, 1]).
+        normalise: centred, and in the unit ball.
+        sampling: "farthest" or "uniform", see `sample_points`.
+
+    A cloud with more columns than `dims` loses its colours; one without colours is black for an expert that wants
+    them, as in PointLLM's evaluation on ModelNet40.
+    """
+
+    model_input_names = ["point_clouds"]
+
+    def __init__(
+        self,
+        points: int = DEFAULT_POINTS,
+        dims: int = 6,
+        normalise: bool = True,
+        sampling: str = "farthest",
+    ):
+        if points < 1 or dims not in (3, 6) or sampling not in ("farthest", "uniform"):
+            raise ValueError(
+                f"found points {points}, dims {dims}, sampling {sampling!r}; expected at least 1, 3 or 6, and "
+                "'farthest' or 'uniform'"
+            )
+        self.points, self.dims, self.normalise, self.sampling = points, dims, normalise, sampling
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> "PointCloudProcessor":
+        return cls(**settings)
+
+    def __call__(self, point_clouds: Any, return_tensors: str | None = "pt") -> BatchFeature:
+        """One cloud or a list of them, each as for `read_point_cloud` -> point_clouds (clouds, points, dims) float32.
+
+        Sampled first, then normalised.
+        """
+        if isinstance(point_clouds, (str, os.PathLike)) or getattr(point_clouds, "ndim", 0) == 2:
+            point_clouds = [point_clouds]
+        clouds = torch.from_numpy(np.stack([self._one(read_point_cloud(cloud)) for cloud in point_clouds]))
+        return BatchFeature({"point_clouds": clouds.numpy() if return_tensors == "np" else clouds})
+
+    def _one(self, points: np.ndarray) -> np.ndarray:
+        points = sample_points(points, self.points, self.sampling)
+        if self.normalise:
+            points = normalise_points(points)
+        if points.shape[1] < self.dims:
+            points = np.concatenate([points, np.zeros((len(points), self.dims - 3), np.float32)], axis=1)
+        return np.ascontiguousarray(points[:, : self.dims])

@@ -6,7 +6,22 @@ import pickle
 import pytest
 import torch
 
-from .tiny_processors import clip, image, merged, noise, picture, text, to_merged_ids, user, video
+from merging_mmer.vocabulary import build_processor, merge_vocabulary
+
+from .tiny_processors import (
+    BASE_TEMPLATE,
+    MAKERS,
+    clip,
+    image,
+    make_tokenizer,
+    merged,
+    noise,
+    picture,
+    text,
+    to_merged_ids,
+    user,
+    video,
+)
 
 
 def assert_same_as_expert(kind, conversations, bos=False):
@@ -115,8 +130,84 @@ def test_what_a_prompt_says_may_differ_from_where_features_stand():
     assert (own.written("image"), own.placeholders["image"]["token"]) == ("<start_of_image>", "<image_soft_token>")
     out = processor(text="a <start_of_image> b", images=image(0))
     assert (out["mm_token_type_ids"] == 1).sum() == 3 and (out["route_ids"] == 2).all()
-    with pytest.raises(ValueError, match="two experts of this kind cannot be told apart yet"):
-        merged({"eyes": "gemma3", "more": "gemma3"})
+
+
+TWICE = {
+    "llava": {"<image>": "<image:more>"},
+    "onevision": {"<image>": "<image:more>", "<video>": "<video:more>"},
+    "video_llava": {"<image>": "<image:more>", "<video>": "<video:more>"},
+    "gemma3": {"<start_of_image>": "<image:more>", "<image_soft_token>": "<image_soft_token:more>"},
+    "qwen2_vl": {"<|image_pad|>": "<image:more>", "<|video_pad|>": "<video:more>"},
+    "internvl": {"<IMG_CONTEXT>": "<image:more>", "<video>": "<video:more>"},
+    "qwen_audio": {"<|AUDIO|>": "<audio:more>"},
+}
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("kind", TWICE)
+def test_two_experts_of_one_kind_each_get_their_own_tokens(kind, bos):
+    """Both experts' conversations, alone and in one batch, give what each one's own processor gives."""
+    processor, vocabulary, own = merged({"first": kind, "more": kind}, bos=bos)
+    assert vocabulary.renamed == {"first": {}, "more": TWICE[kind]}
+    medium = noise if kind == "qwen_audio" else picture
+    conversation = [user(medium(0), text("what?")), user(text("two"), role="assistant"), user(medium(1), text("a?"))]
+    options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
+    theirs = own["more"].apply_chat_template(conversation, processor_kwargs={"return_tensors": "pt"}, **options)
+    chosen = {name: asked_of(conversation, name) for name in ("first", "more")}
+    batch = processor.apply_chat_template(list(chosen.values()), **options)
+    assert batch["text_route"].tolist() == [2, 3]
+    for place, (name, one) in enumerate(chosen.items()):
+        ours = processor.apply_chat_template(one, **options)
+        expected = to_merged_ids(theirs["input_ids"][0].tolist(), name, vocabulary)
+        assert ours["input_ids"][0].tolist() == batch["input_ids"][place].tolist() == expected
+        for key in (key for key in theirs if f"{name}.{key}" in ours):
+            assert torch.equal(ours[f"{name}.{key}"], torch.as_tensor(theirs[key])), key
+        assert any(key.startswith(f"{name}.") for key in ours)
+
+
+def asked_of(conversation, name):
+    return [
+        {**message, "content": [b if b["type"] == "text" else {**b, "expert": name} for b in message["content"]]}
+        for message in conversation
+    ]
+
+
+@pytest.mark.parametrize("kind", TWICE)
+def test_two_experts_of_one_kind_in_one_prompt(kind):
+    processor, vocabulary, _ = merged({"first": kind, "more": kind})
+    modality, medium = ("audio", noise) if kind == "qwen_audio" else ("image", picture)
+    both = [user({**medium(0), "expert": "more"}, {**medium(0), "expert": "first"}, text("what?"))]
+    out = processor.apply_chat_template(both, tokenize=True, return_dict=True)
+    placed = [
+        (out["input_ids"][0] == vocabulary.placeholders[name][modality][1]).nonzero().flatten()
+        for name in ("more", "first")
+    ]
+    assert len(placed[0]) == len(placed[1]) > 0 and placed[0].max() < placed[1].min()
+    assert out["route_ids"][0][placed[0]].unique().tolist() == [3] and out["text_route"].tolist() == [1]
+
+
+def test_an_experts_own_marks_stay_its_own():
+    """The base adds no bos and the expert does: each keeps its own way, mixtures take the base's."""
+    base = make_tokenizer(template=BASE_TEMPLATE)
+    processor, config = MAKERS["llava"](bos=True)
+    other, other_config = MAKERS["qwen_audio"]()
+    own = {"eyes": processor, "ears": other}
+    vocabulary = merge_vocabulary(base, own, {"eyes": config, "ears": other_config})
+    assert vocabulary.warnings == [] and set(vocabulary.readings["eyes"]) == {"post_processor"}
+    assert vocabulary.readings["ears"] == {}
+    ours = build_processor(vocabulary, own, BASE_TEMPLATE)
+    options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
+    conversation = [user(picture(0), text("what is in the image?"))]
+    theirs = processor.apply_chat_template(conversation, **options)
+    for one in (ours, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        alone = one.apply_chat_template(conversation, **options)["input_ids"][0].tolist()
+        assert alone == to_merged_ids(theirs["input_ids"][0], "eyes", vocabulary)
+        plain = one(text=["hello", "hello", "a <image>"], images=image(0), text_route=["base", "eyes", "auto"])
+        bos = base.convert_tokens_to_ids("<|begin|>")
+        assert (plain["input_ids"] == bos).sum(-1).tolist() == [0, 1, 1]
+        assert base("hello")["input_ids"] == plain["input_ids"][0][plain["attention_mask"][0].bool()].tolist()
+        mixture = one.apply_chat_template([user(picture(0), noise(0), text("what?"))], **options)
+        assert bos not in mixture["input_ids"]
 
 
 def test_an_experts_frame_goes_with_its_media_into_mixtures():

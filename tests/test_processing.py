@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from transformers import BatchFeature, ProcessorMixin
 
 from processing_mmer import MMERProcessor
-from processing_mmer.expert_processors_mmer import OWN_CLASSES, ExpertProcessor, class_by_name
+from processing_mmer.expert_processors_mmer import ExpertProcessor
 from processing_mmer.media_mmer import is_item, sort_media
+from processing_mmer.processor_classes_mmer import OWN_CLASSES, class_by_name
 from processing_mmer.tokens_mmer import pad_rows
 
 from .tiny_processors import clip, image, make_tokenizer, merged, noise, picture, sound, text, user, video

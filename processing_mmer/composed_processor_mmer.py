@@ -1,0 +1,147 @@
+"""ComposedProcessor: text and media for an expert that transformers has no class for.
+
+Enters: texts in which a placeholder token stands for each medium, and the media. Leaves: token ids, in which each
+placeholder has become as many as its medium has features (and what is written around them), and the tensors that the
+`Composed` classes take. Invariant: the number of placeholders is the number of features, whatever the medium.
+"""
+
+from typing import Any
+
+from transformers import BatchFeature
+from transformers.processing_utils import ProcessorMixin
+
+from configuration_mmer.routes_mmer import MODALITIES
+
+from .media_mmer import ARGUMENTS
+from .point_clouds_mmer import PointCloudProcessor  # noqa: F401  (its class is found by name)
+from .processor_classes_mmer import class_by_name, own_class
+
+_PARTS = {
+    "image": "image_processor",
+    "video": "video_processor",
+    "audio": "feature_extractor",
+    "point_cloud": "point_cloud_processor",
+}
+
+
+@own_class
+class ComposedProcessor(ProcessorMixin):
+    r"""
+    Args:
+        tokenizer: the expert's tokenizer; it knows the placeholders and what stands around them.
+        parts: modality -> what turns its media into tensors: an image or video processor, a feature extractor, a
+            `PointCloudProcessor`, or {"class": name, "settings": {…}} of one.
+        features: modality -> {"count": tokens an item makes, "before": text, "after": text}; the texts stand around
+            the placeholders and may be left out (PointLLM: <point_start>, <point_end>).
+        image_token, video_token, audio_token, point_cloud_token: the placeholder of each modality in `parts`.
+        chat_template: Jinja, with one placeholder for each medium.
+
+    Raises:
+        ValueError: for a modality that lacks its part, count or placeholder, or an unknown class.
+    """
+
+    def __init__(
+        self,
+        tokenizer=None,
+        parts: dict[str, Any] | None = None,
+        features: dict[str, dict[str, Any]] | None = None,
+        image_token: str | None = None,
+        video_token: str | None = None,
+        audio_token: str | None = None,
+        point_cloud_token: str | None = None,
+        chat_template: str | None = None,
+        **kwargs,
+    ):
+        own = {m: getattr(part, "to_dict", None) and part or _part(part) for m, part in (parts or {}).items()}
+        tokens = dict(zip(MODALITIES, (image_token, video_token, audio_token, point_cloud_token)))
+        self.features = {m: {"before": "", "after": "", **entry} for m, entry in (features or {}).items()}
+        strangers = set(own) - set(MODALITIES)
+        lacking = [m for m in own if tokens.get(m) is None or "count" not in self.features.get(m, {})]
+        if strangers or lacking:
+            raise ValueError(
+                f"parts: found {sorted(own)}; unknown {sorted(strangers)}, without a token or a count {lacking}"
+            )
+        for modality, part in own.items():
+            setattr(self, _PARTS[modality], part)
+            setattr(self, f"{modality}_token", tokens[modality])
+        self.modalities = list(own)
+        super().__init__(tokenizer, chat_template=chat_template)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        names = list(self.tokenizer.model_input_names)
+        return names + [name for m in self.modalities for name in getattr(self, _PARTS[m]).model_input_names]
+
+    def to_dict(self) -> dict[str, Any]:
+        parts = {}
+        for modality in self.modalities:
+            part = getattr(self, _PARTS[modality])
+            parts[modality] = {"class": type(part).__name__, "settings": part.to_dict()}
+        tokens = {f"{modality}_token": getattr(self, f"{modality}_token") for modality in self.modalities}
+        return {"processor_class": type(self).__name__, "parts": parts, "features": self.features, **tokens}
+
+    def __call__(  # type: ignore[override]
+        self,
+        images=None,
+        text=None,
+        videos=None,
+        audio=None,
+        point_clouds=None,
+        sampling_rate: int | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        """Texts with one placeholder for each medium, and all media in that order.
+
+        Text settings (padding, truncation, return_tensors, …) are taken flat or in text_kwargs, settings of a part in
+        images_kwargs, videos_kwargs, audio_kwargs. Raises ValueError where placeholders and media differ in number.
+        """
+        given = {"image": images, "video": videos, "audio": audio, "point_cloud": point_clouds}
+        words = {**kwargs.pop("text_kwargs", {})}
+        settings = {name: kwargs.pop(f"{argument}_kwargs", {}) for name, argument in ARGUMENTS.items()}
+        words.update(kwargs)
+        tensor_type = words.pop("return_tensors", None)
+        texts = [text] if isinstance(text, str) else list(text or [])
+        made: dict[str, Any] = {}
+        for modality, media in given.items():
+            items = [] if media is None else _flat(modality, media)
+            token = getattr(self, f"{modality}_token", None)
+            if items and modality not in self.modalities:
+                raise ValueError(f"{ARGUMENTS[modality]}: this expert takes {self.modalities}")
+            if texts and token is not None:
+                placed = sum(one.count(token) for one in texts)
+                if placed != len(items):
+                    raise ValueError(f"{placed} {token} in the text, but {len(items)} in {ARGUMENTS[modality]}")
+                texts = [one.replace(token, self.written_out(modality)) for one in texts]
+            if items:
+                rate = {"sampling_rate": sampling_rate} if modality == "audio" and sampling_rate else {}
+                part = getattr(self, _PARTS[modality])
+                made.update(part(items, return_tensors=tensor_type, **{**rate, **settings[modality]}))
+        made.pop("video_metadata", None)
+        encoded = dict(self.tokenizer(texts, return_tensors=tensor_type, **words)) if texts else {}
+        return BatchFeature({**encoded, **made})
+
+    def written_out(self, modality: str) -> str:
+        """What one medium becomes in the text: its placeholders, and what stands around them."""
+        entry = self.features[modality]
+        return f"{entry['before']}{getattr(self, f'{modality}_token') * entry['count']}{entry['after']}"
+
+
+def _part(values: Any) -> Any:
+    if not isinstance(values, dict) or set(values) != {"class", "settings"}:
+        raise ValueError(f"parts: found {type(values).__name__}, expected a processor or its class and settings")
+    kind: Any = class_by_name(values["class"])
+    return kind.from_dict(values["settings"])
+
+
+def _flat(modality: str, media: Any) -> list[Any]:
+    """One medium, a list of them, or one list per sample -> a list."""
+    ranks = {"image": 3, "video": 4, "audio": 1, "point_cloud": 2}
+    if getattr(media, "ndim", None) == ranks[modality] or hasattr(media, "convert"):
+        return [media]
+    items: list[Any] = []
+    for item in media:
+        items.extend(item if isinstance(item, (list, tuple)) and modality != "video" else [item])
+    return items
+
+
+__all__ = ["ComposedProcessor"]
