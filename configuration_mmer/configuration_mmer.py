@@ -12,6 +12,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .composed_config_mmer import ComposedConfig
 from .routes_mmer import AUTO, MODALITIES, ROUTE_NAMES
 
 DECOUPLING_KINDS = ("paper", "mask", "exact", "none")
@@ -35,7 +36,8 @@ class MMERConfig(PreTrainedConfig):
         decoupling: {"kind": "paper" | "mask" | "exact" | "none", "scale": "row" | "tensor" | "none", "rank": int}.
             `paper` is the mask alone, `exact` the correction alone (no mask), `none` a static merge.
         added_tokens: [{"token": str, "id": int, "experts": [names]}], the tokens that the base does not have. Row j
-            of the second, small embedding matrix belongs to entry j.
+            of the second, small embedding matrix belongs to entry j. Where experts tuned one token apart, the entry
+            has "rows", {expert: the row that its route reads}, and row j is the mean of them.
         text_route: "auto" (base without media, the expert when all media are its own, else merged), "base", "merged"
             or an expert's name.
 
@@ -80,6 +82,19 @@ class MMERConfig(PreTrainedConfig):
         """Width of the logits: the base's rows, and those of the added tokens that lie behind them."""
         return max([self.text_config.vocab_size, *(token["id"] + 1 for token in self.added_tokens)])
 
+    def added_rows(self) -> list[list[int]]:
+        """(routes, added tokens): the row of the small matrix that a route reads for each added token."""
+        joint = list(range(len(self.added_tokens)))
+        own = [
+            [token.get("rows", {}).get(name, place) for place, token in enumerate(self.added_tokens)]
+            for name in self.experts
+        ]
+        return [joint, joint, *own]
+
+    @property
+    def num_added_rows(self) -> int:
+        return 1 + max(max(rows, default=-1) for rows in self.added_rows())
+
     @property
     def num_routes(self) -> int:
         return len(ROUTE_NAMES) + len(self.experts)
@@ -90,7 +105,10 @@ class MMERConfig(PreTrainedConfig):
     def expert_config(self, expert: str) -> PreTrainedConfig:
         """The expert's own config, as its class wants it."""
         values = copy.deepcopy(self.experts[expert]["config"])
-        return AutoConfig.for_model(values.pop("model_type"), **values)
+        model_type = values.pop("model_type")
+        if model_type == ComposedConfig.model_type:
+            return ComposedConfig(**values)
+        return AutoConfig.for_model(model_type, **values)
 
     def placeholder_experts(self) -> dict[int, int]:
         """Token id of a placeholder -> index of the expert whose features stand there."""
@@ -172,6 +190,16 @@ class MMERConfig(PreTrainedConfig):
                 raise ValueError(
                     f"added_tokens: {token['token']!r} belongs to {sorted(unknown)}, which are no experts"
                 )
+            if strangers := set(token.get("rows", {})) - set(token["experts"]):
+                raise ValueError(
+                    f"added_tokens: {token['token']!r} has rows for {sorted(strangers)}, but belongs to "
+                    f"{token['experts']}"
+                )
+        rows = {row for token in self.added_tokens for row in token.get("rows", {}).values()}
+        if rows != set(range(len(added), len(added) + len(rows))):
+            raise ValueError(
+                f"added_tokens: rows {sorted(rows)} of experts' own, expected those from {len(added)} on without a gap"
+            )
         homeless = [i for i in ids if i not in added and i >= self.text_config.vocab_size]
         if homeless:
             raise ValueError(

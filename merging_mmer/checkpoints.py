@@ -20,9 +20,15 @@ MODEL_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+# how safetensors spells them in a file's header
+SAVED_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
-_FETCHED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py"]
+_FETCHED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "*.yaml"]
 
 
 def fetch(source: str) -> Path:
@@ -85,6 +91,13 @@ class Checkpoint:
         if isinstance(opened, dict):
             return tuple(opened[key].shape)
         return tuple(opened.get_slice(key).get_shape())
+
+    def dtype(self, key: str) -> torch.dtype:
+        """The dtype that it was saved in, without reading a value."""
+        opened = self._opened[self._places[key]]
+        if isinstance(opened, dict):
+            return opened[key].dtype
+        return SAVED_DTYPES[opened.get_slice(key).get_dtype()]
 
     def tensor(self, key: str) -> torch.Tensor:
         """The tensor as saved. Raises ValueError that names the file when a float in it is NaN or infinite."""

@@ -5,6 +5,7 @@ tensors unchanged). Invariant: an expert that is opened has the base's architect
 else raises and says which field, or how far.
 """
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,13 +81,23 @@ class Base:
         if tower:
             raise ValueError(f"{self.folder}: {type(model).__name__} has a tower; give the bare LLM as base")
         self.tied = bool(self.config.tie_word_embeddings)
-        if self.tied:
-            self.full_names.pop(f"{HEAD}.weight", None)
+        head = self.full_names.pop(f"{HEAD}.weight", None) if self.tied else None
+        self._tied_head = head
         self.relative = {full: name for name, full in self.full_names.items()}
         self.delta_weights = {f"{name}.weight" for name in delta_module_names(model)}
         embedding = model.get_input_embeddings()
         self.embedding = next(f"{n}.weight" for n, module in delta_module_names(model).items() if module is embedding)
         self.shapes = {name: tuple(self.weights.meta[full].shape) for name, full in self.full_names.items()}
+
+    def untie(self):
+        """Keep the head apart from the embedding, with the same values: an expert has a head of its own."""
+        if not self.tied or self._tied_head is None:
+            return
+        name, self.tied = f"{HEAD}.weight", False
+        self.full_names[name], self.relative[self._tied_head] = self._tied_head, name
+        self.shapes[name] = self.shapes[self.embedding]
+        self.config = copy.deepcopy(self.config)
+        self.config.tie_word_embeddings = False
 
     @property
     def names(self) -> list[str]:
@@ -272,17 +283,25 @@ def _check_names(name: str, llm: dict[str, str], base: Base, model: Any):
 
 
 def _check_head(expert: Expert):
-    """A base that ties head and embedding has no place for an expert's own head."""
-    head = f"{HEAD}.weight"
-    if not expert.base.tied or head not in expert.llm or not expert.has_llm:
+    """A base that uses its embedding as head gets a place for heads where an expert has one of its own.
+
+    PEFT: a LoRA, or a module saved whole, on the embedding or the head changes that one alone, trained tokens and
+    `ensure_weight_tying` change both.
+    """
+    head, adapter = f"{HEAD}.weight", expert.adapter
+    if not expert.base.tied or head not in expert.llm:
         return
-    if expert.adapter is not None and expert.adapter.config.get("ensure_weight_tying"):
-        return
-    if not torch.equal(expert.exact_tensor(head), expert.exact_tensor(expert.base.embedding)):
-        raise ValueError(
-            f"expert {expert.name!r} has a head of its own, but the base uses its embedding as head: "
-            "such an expert can not share the base's vocabulary matrix"
-        )
+    pair = {expert.llm[head], expert.llm[expert.base.embedding]}
+    if adapter is not None:
+        tokens_alone = adapter.config.get("trainable_token_indices") and expert.llm[head] not in adapter.changed
+        if adapter.config.get("ensure_weight_tying") or tokens_alone:
+            return
+    if expert.has_llm:
+        own = not torch.equal(expert.exact_tensor(head), expert.exact_tensor(expert.base.embedding))
+    else:
+        own = adapter is not None and bool(pair & adapter.changed)
+    if own:
+        expert.base.untie()
 
 
 def sampled_matrices(base: Base) -> list[str]:

@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoProcessor, AutoTokenizer
 
+from .added_rows import lay_out, read_rows
 from .decoupling import settle
 from .experts import Base, Expert, open_expert
 from .journal import Journal, fingerprint
@@ -98,8 +99,10 @@ class _Merge:
         }
         configs = {e.name: e.config for e in self.experts}
         wanted = {name: expert.modalities for name, expert in recipe.experts.items()}
-        self.vocabulary: Vocabulary = merge_vocabulary(tokenizer, processors, configs, wanted)
-        self.processor = build_processor(self.vocabulary, processors, tokenizer.chat_template, recipe.text_route)
+        self.vocabulary: Vocabulary = merge_vocabulary(tokenizer, processors, configs, wanted, recipe.own_tokenizers)
+        self.processor = build_processor(
+            self.vocabulary, processors, tokenizer.chat_template, recipe.text_route, recipe.default_experts
+        )
         self.measurement = Measurement([e.name for e in self.experts], self.dtype)
         self.delta_modules: list[str] = []
         self.expert_tensors: list[str] = []
@@ -196,6 +199,7 @@ class _Merge:
             self.expert_tensors,
             self.rank,
             self.dtype,
+            self.added_rows[1] if self.vocabulary.added_tokens else {},
         )
         report = self.report()
         report.seconds = time.monotonic() - started
@@ -315,23 +319,24 @@ class _Merge:
         self.writer.add(f"{prefix}.expert_{last}", torch.stack(own))
         self.writer.add(f"{prefix}.merged_{last}", joint)
 
+    @cached_property
+    def added_rows(self) -> tuple[torch.Tensor, dict[str, dict[str, int]]]:
+        """(matrices (matrices, rows, hidden), token -> {expert: its own row}); see added_rows.py."""
+        names, tokens = self.base.vocabulary_names, self.vocabulary.added_tokens
+        rows = {expert.name: read_rows(expert, names, tokens) for expert in self.experts}
+        empty = torch.zeros(len(names), self.base.shapes[names[0]][1], dtype=self.dtype)
+        matrices, own = lay_out(rows, [token.token for token in tokens], empty)
+        if self.recipe.decoupling.kind == "none":  # one static model: every route reads the mean
+            return matrices[:, : len(tokens)], {}
+        return matrices, own
+
     def write_added_rows(self):
-        """One row for each token that the base lacks, from the first expert that has one; 0 where none has."""
-        tokens = self.vocabulary.added_tokens
-        if not tokens:
+        """The rows of the tokens that the base lacks; 0 where no expert has one."""
+        if not self.vocabulary.added_tokens:
             return
-        experts = {expert.name: expert for expert in self.experts}
         places = {self.base.embedding: "model.added_embeddings.weight", f"{HEAD}.weight": "added_head.weight"}
-        for name in self.base.vocabulary_names:
-            matrices = {
-                e: expert.exact_tensor(name) for e, expert in experts.items() if any(e in t.experts for t in tokens)
-            }
-            rows = torch.zeros(len(tokens), self.base.shapes[name][1], dtype=self.dtype)
-            for row, token in enumerate(tokens):
-                found = [e for e in token.experts if token.expert_ids[e] < len(matrices[e])]
-                if found:
-                    rows[row] = matrices[found[0]][token.expert_ids[found[0]]].to(self.dtype)
-            self.writer.add(places[name], rows)
+        for name, rows in zip(self.base.vocabulary_names, self.added_rows[0], strict=True):
+            self.writer.add(places[name], rows.contiguous())
 
     def report(self) -> MergeReport:
         recipe = self.recipe.resolved()

@@ -15,9 +15,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
+    AutoProcessor,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -25,9 +27,16 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.utils.loading_report import LoadStateDictInfo
 
+from configuration_mmer.composed_config_mmer import ComposedConfig
+from modeling_mmer.composed_mmer import ComposedForConditionalGeneration
 from modeling_mmer.towers_mmer import language_model_name
+from processing_mmer.composed_processor_mmer import ComposedProcessor
 
 from .checkpoints import Checkpoint
+
+# checkpoints of our own class are told by their config, like any other; the shipped code registers nothing
+AutoConfig.register(ComposedConfig.model_type, ComposedConfig, exist_ok=True)
+AutoProcessor.register(ComposedConfig, ComposedProcessor, exist_ok=True)
 
 HEAD = "lm_head"
 
@@ -36,6 +45,9 @@ _LISTED = 8
 
 def class_on_meta(config: PreTrainedConfig, multimodal: bool, trust_remote_code: bool = False) -> PreTrainedModel:
     """The generating class of `config`, without memory. Raises ValueError when transformers has none."""
+    if multimodal and isinstance(config, ComposedConfig):
+        with torch.device("meta"):
+            return ComposedForConditionalGeneration(copy.deepcopy(config))
     autos = (AutoModelForMultimodalLM, AutoModelForImageTextToText) if multimodal else (AutoModelForCausalLM,)
     for auto in autos:
         known = type(config) in auto._model_mapping
@@ -56,10 +68,10 @@ class NamedCheckpoint:
 
     `sources` maps the name of each tensor that is there to a function that reads it. Tied tensors that the
     checkpoint leaves out are read from their source. `missing` are the names of the class that nothing in the
-    checkpoint gives.
+    checkpoint gives, `unknown` the other way round; without `strict` these are no error.
     """
 
-    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel):
+    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, strict: bool = True):
         self.checkpoint, self.model = checkpoint, model
         self.meta = model.state_dict()
         transforms = get_model_conversion_mapping(model)
@@ -74,7 +86,8 @@ class NamedCheckpoint:
                 missing.remove(target)
         info = LoadStateDictInfo(missing, unknown, set(), [], {}, set())
         model._adjust_missing_and_unexpected_keys(info)
-        if info.unexpected_keys:
+        self.unknown = set(info.unexpected_keys)
+        if self.unknown and strict:
             raise ValueError(
                 f"{checkpoint.folder}: {len(info.unexpected_keys)} tensors are unknown to {type(model).__name__}: "
                 f"{listing(info.unexpected_keys)}. Nothing is skipped silently: is config.json the right one?"

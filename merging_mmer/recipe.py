@@ -21,12 +21,16 @@ class _Part(BaseModel):
 
 
 class ExpertRecipe(_Part):
-    """One expert: `model` (a multimodal checkpoint, or a LoRA folder), or `lora` on the checkpoint `tower`."""
+    """One expert: `model` (a multimodal checkpoint, or a LoRA folder), or `lora` on the checkpoint `tower`.
+
+    `tokenizer: own` accepts one that splits ordinary text otherwise than the base's: each keeps its own way.
+    """
 
     model: str | None = None
     lora: str | None = None
     tower: str | None = None
     modality: Modality | list[Modality] | None = None
+    tokenizer: Literal["base", "own"] = "base"
     lam: float | None = Field(default=None, alias="lambda", ge=0)
     weight: float = Field(default=1.0, gt=0)
     density: float | None = Field(default=None, gt=0, le=1)
@@ -88,6 +92,7 @@ class Recipe(_Part):
     experts: dict[str, ExpertRecipe] = Field(min_length=1)
     method: Method = Method()
     decoupling: Decoupling = Decoupling()
+    default_experts: dict[str, str] = {}
     text_route: str = AUTO
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
 
@@ -107,6 +112,15 @@ class Recipe(_Part):
                 )
         if self.text_route not in (AUTO, *ROUTE_NAMES, *self.experts):
             raise ValueError(f"text_route: found {self.text_route!r}, expected {[AUTO, *ROUTE_NAMES, *self.experts]}")
+        for modality, name in self.default_experts.items():
+            if modality not in MODALITIES:
+                raise ValueError(f"default_experts.{modality}: expected one of {list(MODALITIES)}")
+            if name not in self.experts:
+                raise ValueError(f"default_experts.{modality}: found {name!r}, expected one of {list(self.experts)}")
+            if modality not in (self.experts[name].modalities or [modality]):
+                raise ValueError(
+                    f"default_experts.{modality}: expert {name!r} is to bring {self.experts[name].modalities} alone"
+                )
         trimmed = [name for name in self.experts if self.density(name) != 1]
         if self.method.name != "ties" and trimmed:
             raise ValueError(
@@ -121,6 +135,11 @@ class Recipe(_Part):
     def lam(self, expert: str) -> float:
         own = self.experts[expert].lam
         return self.decoupling.lam if own is None else own
+
+    @property
+    def own_tokenizers(self) -> list[str]:
+        """The experts that keep their own way to split ordinary text."""
+        return [name for name, expert in self.experts.items() if expert.tokenizer == "own"]
 
     @classmethod
     def load(cls, path: str | Path) -> "Recipe":

@@ -32,7 +32,9 @@ def build_config(
     expert_tensors: list[str],
     rank: int,
     dtype: torch.dtype,
+    own_rows: dict[str, dict[str, int]],
 ) -> MMERConfig:
+    """`own_rows`: added token -> {expert: its own row}, where experts that share a token tuned it apart."""
     entries = {
         expert.name: {
             "config": _without_paths(expert.config.to_dict()),
@@ -49,7 +51,16 @@ def build_config(
         delta_modules=delta_modules,
         expert_tensors=expert_tensors,
         decoupling={"kind": recipe.decoupling.kind, "scale": recipe.decoupling.scale, "rank": rank},
-        added_tokens=[{"token": t.token, "id": t.id, "experts": list(t.experts)} for t in vocabulary.added_tokens],
+        added_tokens=[
+            {
+                "token": token.token,
+                "id": token.id,
+                "experts": list(token.experts),
+                **({"rows": own_rows[token.token]} if token.token in own_rows else {}),
+            }
+            for token in vocabulary.added_tokens
+        ],
+        default_experts=recipe.default_experts,
         text_route=recipe.text_route,
     )
     config.architectures = [ARCHITECTURE]

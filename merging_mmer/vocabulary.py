@@ -6,6 +6,8 @@ its id, so text without added tokens is tokenized as the base does it.
 """
 
 import copy
+import re
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +15,10 @@ from tokenizers import AddedToken
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 from configuration_mmer.routes_mmer import AUTO, MODALITIES
-from processing_mmer.expert_processors_mmer import ExpertProcessor
+from processing_mmer.expert_processors_mmer import ExpertProcessor, reading_tokenizer
 from processing_mmer.processing_mmer import MMERProcessor
+
+from .tokenization import PROBES, own_reading
 
 # the parts of a processor that show it takes a modality
 _PARTS = {
@@ -23,8 +27,6 @@ _PARTS = {
     "audio": ("feature_extractor", "audio_processor"),
     "point_cloud": ("point_cloud_processor", "point_cloud_feature_extractor", "feature_extractor"),
 }
-# words and signs that tokenizers are known to split in different ways although their vocabularies agree
-_PROBES = ("Hello world", " two  spaces", "a\nb\n\nc", "1234.5", "naïve café", "{'x': [0]}", "USER: Hi\nASSISTANT:")
 
 
 @dataclass
@@ -40,14 +42,16 @@ class AddedVocabularyToken:
 @dataclass
 class Vocabulary:
     """placeholders: expert -> modality -> (token, id) at which features stand. written: what a prompt says instead,
-    where that is another token. renamed: expert -> its own token -> the merged one. warnings: what a user should
-    know."""
+    where that is another token. renamed: expert -> its own token -> the merged one. readings: expert -> the parts of
+    its tokenizer (normalizer, pre_tokenizer, post_processor) that read its prompts otherwise than the base's.
+    warnings: what a user should know."""
 
     tokenizer: PreTrainedTokenizerBase
     added_tokens: list[AddedVocabularyToken]
     placeholders: dict[str, dict[str, tuple[str, int]]]
     written: dict[str, dict[str, str]] = field(default_factory=dict)
     renamed: dict[str, dict[str, str]] = field(default_factory=dict)
+    readings: dict[str, dict[str, Any]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
 
@@ -55,13 +59,15 @@ def merge_vocabulary(
     base_tokenizer: PreTrainedTokenizerBase,
     processors: dict[str, ProcessorMixin],
     configs: dict[str, PreTrainedConfig],
-    modalities: dict[str, list[str] | None] | None = None,
+    modalities: Mapping[str, list[str] | None] | None = None,
+    own_tokenizers: Container[str] = (),
 ) -> Vocabulary:
     """The merged vocabulary of the base and the experts, which are taken in their order.
 
-    A placeholder that an earlier expert (or another modality) uses becomes `<modality:expert>`; all other tokens are
-    matched by text. `modalities` narrows what experts bring (None: all). Raises ValueError where an expert's tokenizer
-    gives a token of the base another id, or none, and where an expert's placeholders cannot be found.
+    A placeholder that an earlier expert has becomes `<modality:expert>`; all other tokens are matched by text (see
+    `_rename`). `modalities` narrows what experts bring (None: all); placeholders of the others are left out. Raises
+    ValueError where an expert's tokenizer gives a token of the base another id, or none, where it splits ordinary
+    text in another way (unless it is among `own_tokenizers`), and where an expert's placeholders cannot be found.
     """
     tokenizer = copy.deepcopy(base_tokenizer)
     tokenizer.padding_side = "left"
@@ -79,19 +85,20 @@ def merge_vocabulary(
     for name, processor in processors.items():
         own = processor.tokenizer
         _check_base(name, base, own.get_vocab())
-        vocabulary.warnings += _differences(name, base_tokenizer, own)
-        found = find_placeholders(name, processor, configs[name])
-        kept = (modalities or {}).get(name) or list(found)
-        if lost := set(kept) - set(found):
-            raise ValueError(f"expert {name!r}: asked for {sorted(lost)}, but it brings {sorted(found)}")
-        found = {modality: entry for modality, entry in found.items() if modality in kept}
-        renamed = _rename(name, found, taken, {**base, **dict.fromkeys(wanted, 0)})
+        vocabulary.readings[name], warnings = own_reading(name, base_tokenizer, own, name in own_tokenizers)
+        vocabulary.warnings += warnings
+        found, left_out = _brought(name, find_placeholders(name, processor, configs[name]), modalities)
+        own_flags = {str(token): token for token in own.added_tokens_decoder.values()}
+        own_ids = {token: own_id for token, own_id in own.get_vocab().items() if token not in left_out}
+        own_ids.update({token: own_id for token, own_id, _ in found.values()})
+        flagged = {
+            token for token, flag in own_flags.items() if token in flags and _finds_otherwise(flag, flags[token])
+        }
+        new = [token for token in own_ids if token not in base]
+        renamed = _rename(name, found, new, taken, flagged, {**base, **dict.fromkeys(wanted)})
         vocabulary.renamed[name] = renamed
         taken |= {renamed.get(token, token) for token, _, written in found.values() for token in (token, written)}
-        own_ids = {token: own_id for token, own_id in own.get_vocab().items() if token not in base or token in renamed}
-        own_ids.update({token: own_id for token, own_id, _ in found.values() if token not in base or token in renamed})
-        own_flags = {str(token): token for token in own.added_tokens_decoder.values()}
-        for token, own_id in sorted(own_ids.items(), key=lambda item: item[1]):
+        for token in sorted({*new, *renamed}, key=own_ids.__getitem__):
             text = renamed.get(token, token)
             flag = own_flags.get(
                 token, AddedToken(token, normalized=False, special=token in {t for t, *_ in found.values()})
@@ -99,13 +106,8 @@ def merge_vocabulary(
             if text not in wanted:
                 wanted[text] = AddedVocabularyToken(text, -1, [], {})
                 flags[text] = _renamed_token(flag, text)
-            elif _flags(flag) != _flags(flags[text]):
-                first = wanted[text].experts[0]
-                vocabulary.warnings.append(
-                    f"token {text!r}: {name} and {first} flag it differently; {first}'s flags hold"
-                )
             wanted[text].experts.append(name)
-            wanted[text].expert_ids[name] = own_id
+            wanted[text].expert_ids[name] = own_ids[token]
         vocabulary.placeholders[name] = {m: (renamed.get(token, token), -1) for m, (token, _, _) in found.items()}
         vocabulary.written[name] = {m: renamed.get(w, w) for m, (token, _, w) in found.items() if w != token}
     _add(tokenizer, wanted, flags, len(base_tokenizer))
@@ -113,7 +115,23 @@ def merge_vocabulary(
     for entries in vocabulary.placeholders.values():
         for modality, (token, _) in entries.items():
             entries[modality] = (token, _id_of(tokenizer, token))
+    for name in processors:
+        _check_reading(name, vocabulary, processors[name].tokenizer)
     return vocabulary
+
+
+def _check_reading(name: str, vocabulary: Vocabulary, own: PreTrainedTokenizerBase):
+    """Raises ValueError where what an expert puts around a text is not what its reading of the merged ids puts."""
+    if not vocabulary.readings[name]:
+        return
+    ids = {token.expert_ids[name]: token.id for token in vocabulary.added_tokens if name in token.expert_ids}
+    theirs = [ids.get(token, token) for token in own(PROBES[0])["input_ids"]]
+    found = reading_tokenizer(vocabulary.tokenizer, vocabulary.readings[name])(PROBES[0])["input_ids"]
+    if found != theirs:
+        raise ValueError(
+            f"expert {name!r} puts tokens around a text that the base does not have: {own(PROBES[0])['input_ids']} "
+            f"for {PROBES[0]!r}. Such a tokenizer cannot be taken over; save it with the base's bos and eos"
+        )
 
 
 def _id_of(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
@@ -134,18 +152,19 @@ def _check_base(name: str, base: dict[str, int], own: dict[str, int]):
     )
 
 
-def _differences(name: str, base: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase) -> list[str]:
-    """What the expert's tokenizer splits in another way than the base's, or marks with other special tokens."""
-    for text in _PROBES:
-        mine, theirs = (one(text, add_special_tokens=False)["input_ids"] for one in (base, own))
-        if mine != theirs:
-            return [f"expert {name!r} splits {text!r} into {theirs}, the base into {mine}, whose way is taken"]
-    mine, theirs = (one(_PROBES[0])["input_ids"] for one in (base, own))
-    if mine != theirs:
-        return [
-            f"expert {name!r} marks {_PROBES[0]!r} as {theirs}, the base as {mine}: the base's special tokens are used"
-        ]
-    return []
+def _brought(
+    name: str, found: dict[str, tuple[str, int, str]], modalities: Mapping[str, list[str] | None] | None
+) -> tuple[dict[str, tuple[str, int, str]], set[str]]:
+    """(placeholders of the modalities that the expert shall bring, tokens of the others, which get no row)."""
+    kept = (modalities or {}).get(name) or list(found)
+    if lost := set(kept) - set(found):
+        raise ValueError(f"expert {name!r}: asked for {sorted(lost)}, but it brings {sorted(found)}")
+    brought = {modality: entry for modality, entry in found.items() if modality in kept}
+    tokens, others = (
+        {text for entry in entries for text in (entry[0], entry[2])}
+        for entries in (brought.values(), [entry for modality, entry in found.items() if modality not in kept])
+    )
+    return brought, others - tokens
 
 
 def find_placeholders(
@@ -168,6 +187,8 @@ def find_placeholders(
         has_part = any(getattr(processor, part, None) is not None for part in _PARTS[modality])
         if not has_part or (written is None and place is None):
             continue
+        if place is None and found and written not in processor.tokenizer.get_vocab():
+            continue  # only a word that the processor replaces (SmolVLM's videos become images)
         token, place = _token_of(name, modality, processor, written, place)
         if any(token == other for other, *_ in found.values()):
             continue  # one token for two kinds of media: the first kind is how features get in
@@ -204,26 +225,47 @@ def _token_of(
 
 
 def _rename(
-    name: str, found: dict[str, tuple[str, int, str]], taken: set[str], known: dict[str, Any]
+    name: str,
+    found: dict[str, tuple[str, int, str]],
+    new: list[str],
+    taken: set[str],
+    flagged: set[str],
+    known: Container[str],
 ) -> dict[str, str]:
-    """The expert's placeholder tokens whose text is taken -> their new text."""
+    """The expert's tokens that cannot keep their text in the merged vocabulary -> their new text.
+
+    Those are its placeholders, where that text is a placeholder or a new token of an earlier expert; its other `new`
+    tokens, where an earlier expert's features stand at them (`taken`); and tokens that are found in a text by other
+    rules than an earlier expert's (`flagged`). All others share one id with the earlier expert's token of that text.
+    """
     renamed: dict[str, str] = {}
     for modality, (token, _, written) in found.items():
-        clash = {text for text in (token, written) if text in taken}
-        if not clash:
-            continue
-        if written != token:
+        for text in dict.fromkeys((written, token)):
+            if text in taken or text in flagged or (text in new and text in known):
+                renamed[text] = f"<{modality}:{name}>" if text == written else _with_name(text, name)
+    for text in new:
+        if text in taken | flagged and text not in renamed:
+            called = _with_name(text, name)
+            # another placeholder of this expert may be called so: <image:name>
+            renamed[text] = _with_name(called, "word") if called in renamed.values() else called
+    for text in renamed.values():
+        if text in known or text in new:
             raise ValueError(
-                f"expert {name!r}: a prompt writes {written!r} and features stand at {token!r}, and another expert "
-                f"uses {sorted(clash)}: two experts of this kind cannot be told apart yet"
+                f"expert {name!r}: a token of it must be called {text!r}, but that token exists: rename it"
             )
-        text = f"<{modality}:{name}>"
-        if text in known:
-            raise ValueError(
-                f"expert {name!r}: its placeholder must be called {text!r}, but that token exists: rename it"
-            )
-        renamed[token] = text
     return renamed
+
+
+def _with_name(token: str, name: str) -> str:
+    """<soft_token> -> <soft_token:name>, and likewise for other brackets."""
+    found = re.fullmatch(r"(.*?)([|]?[>\])}]*)", token, re.DOTALL)
+    assert found is not None
+    return f"{found[1]}:{name}{found[2]}"
+
+
+def _finds_otherwise(flag: AddedToken, other: AddedToken) -> bool:
+    """Whether two tokens of one text are found in texts by other rules; `special` only matters when decoding."""
+    return _flags(flag)[:4] != _flags(other)[:4]
 
 
 def _flags(token: AddedToken) -> tuple[bool, ...]:
@@ -280,9 +322,10 @@ def build_processor(
 
 
 def _replace(text: str, renamed: dict[str, str]) -> str:
-    for old, new in renamed.items():
-        text = text.replace(old, new)
-    return text
+    if not renamed:
+        return text
+    pattern = "|".join(re.escape(token) for token in sorted(renamed, key=len, reverse=True))
+    return re.sub(pattern, lambda found: renamed[found.group()], text)
 
 
 def _expert(
@@ -302,7 +345,7 @@ def _expert(
             tokens.setdefault(f"{modality}_token", str(getattr(processor, f"{modality}_token")))
     tokens = {key: renamed.get(token, token) for key, token in tokens.items()}
     plain = {key: renamed.get(str(token), str(token)) for key, token in own.special_tokens_map.items()}
-    kept = ExpertProcessor(name, processor, placeholders, tokens, plain)
+    kept = ExpertProcessor(name, processor, placeholders, tokens, plain, vocabulary.readings[name])
     values = kept.to_dict()
     values["arguments"] = {
         key: renamed.get(value, value) if isinstance(value, str) else value

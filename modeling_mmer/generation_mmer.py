@@ -15,6 +15,7 @@ from transformers import GenerationMixin
 
 from configuration_mmer.routes_mmer import BASE_ROUTE, named_route
 
+from .cache_mmer import CACHE, one_cache
 from .routing_mmer import RoutedWeight
 
 
@@ -52,7 +53,8 @@ class MMERGenerationMixin(GenerationMixin):
         route_ids, text_route = kwargs.get("route_ids"), kwargs.get("text_route")
         if route_ids is None or not isinstance(text_route, torch.Tensor):
             if text_route is None:
-                text_route = getattr(kwargs.get("past_key_values"), "mmer_text_route", None)
+                cache = one_cache(kwargs.get("cache"), kwargs.get("past_key_values"))
+                text_route = getattr(cache, "mmer_text_route", None)
             route_ids, text_route = self.model.routes(input_ids, text_route)
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.shape[-1] > input_ids.shape[1]:
@@ -70,6 +72,7 @@ class MMERGenerationMixin(GenerationMixin):
         self,
         input_ids,
         next_sequence_length=None,
+        cache=None,
         past_key_values=None,
         attention_mask=None,
         inputs_embeds=None,
@@ -79,13 +82,14 @@ class MMERGenerationMixin(GenerationMixin):
         media_embeds=None,
         **kwargs,
     ):
+        cache = one_cache(cache, past_key_values)
         model_inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
+            **{CACHE: cache},
             **kwargs,
         )
         if text_route is None:
@@ -93,7 +97,7 @@ class MMERGenerationMixin(GenerationMixin):
         ids = model_inputs.get("input_ids")
         length = (model_inputs["inputs_embeds"] if ids is None else ids).shape[1]
         # where these ids stand in the sequence; generate drops an attention mask of ones, so the cache has to tell
-        start = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        start = 0 if cache is None else int(cache.get_seq_length())
         model_inputs["text_route"] = text_route
         model_inputs["route_ids"] = _window(route_ids, start, start + length, text_route)
         if media_embeds is not None and start < media_embeds.shape[1]:

@@ -21,6 +21,7 @@ from configuration_mmer.configuration_mmer import MMERConfig
 from configuration_mmer.export_mmer import HubCodeMixin
 from configuration_mmer.routes_mmer import BASE_ROUTE, route_tokens
 
+from .cache_mmer import CACHE, one_cache
 from .generation_mmer import MMERGenerationMixin
 from .routing_mmer import RoutedWeight, RoutePlan, embed_rows, install_routing, route_scope, route_weight_of
 from .towers_mmer import build_tower, has_media, tower_features
@@ -40,7 +41,7 @@ class MMERPreTrainedModel(HubCodeMixin, PreTrainedModel):  # type: ignore[misc]
     base_model_prefix = "model"
     input_modalities: Any = ("image", "video", "audio", "point_cloud", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -70,7 +71,7 @@ class MMERModel(MMERPreTrainedModel):
         asked = None if config._attn_implementation in (None, "sdpa") else config._attn_implementation
         self.experts = nn.ModuleDict({name: build_tower(config.expert_config(name), asked) for name in config.experts})
         if config.added_tokens:
-            self.added_embeddings = nn.Embedding(len(config.added_tokens), config.text_config.hidden_size)
+            self.added_embeddings = nn.Embedding(config.num_added_rows, config.text_config.hidden_size)
         self.post_init()
 
     def get_input_embeddings(self):
@@ -145,18 +146,24 @@ class MMERModel(MMERPreTrainedModel):
                 embeds = embeds.masked_scatter(here.unsqueeze(-1), features)
         return embeds
 
-    def embed(self, input_ids: torch.Tensor, media_embeds: torch.Tensor | None) -> torch.Tensor:
-        """(batch, sequence, hidden): the LLM's rows by route, the added tokens' rows, the media's features."""
+    def embed(self, input_ids: torch.Tensor, media_embeds: torch.Tensor | None, plan: RoutePlan) -> torch.Tensor:
+        """(batch, sequence, hidden): the LLM's rows by route, the added tokens' rows by route, the media's features.
+
+        An id that the base has as padding is a padding row on the base route, as in the base itself.
+        """
         embeddings = self.get_input_embeddings()
+        routes = plan.route_ids.to(input_ids.device)
+        base_own = (routes == BASE_ROUTE) & (input_ids < self.config.text_config.vocab_size)
         if not self.config.added_tokens:
             embeds = embeddings(input_ids)
         else:
             ids = torch.tensor([token["id"] for token in self.config.added_tokens], device=input_ids.device)
             match = input_ids.unsqueeze(-1) == ids  # (batch, sequence, added tokens)
-            added = match.any(-1)
+            added = match.any(-1) & ~base_own
             embeds = embeddings(input_ids.masked_fill(added, 0))
             if added.any():
-                rows = self.added_embeddings.weight[match[added].to(torch.uint8).argmax(-1)]
+                table = torch.tensor(self.config.added_rows(), device=input_ids.device)
+                rows = self.added_embeddings.weight[table[routes[added], match[added].to(torch.uint8).argmax(-1)]]
                 rows = embed_rows(embeddings, rows, rows.shape[:1]).to(embeds.dtype)
                 embeds = embeds.masked_scatter(added.unsqueeze(-1), rows)
         media = torch.zeros_like(input_ids, dtype=torch.bool)
@@ -164,7 +171,7 @@ class MMERModel(MMERPreTrainedModel):
             media = media | (input_ids == token_id)
         if media_embeds is not None:
             embeds = torch.where(media.unsqueeze(-1), media_embeds.to(embeds.dtype), embeds)
-        elif media.any():
+        elif (media & ~base_own).any():
             self.embed_media(input_ids, {})  # raises, naming the placeholder
         return embeds
 
@@ -176,14 +183,12 @@ class MMERModel(MMERPreTrainedModel):
         wanted = config.text_route if text_route is None else text_route
         return route_tokens(input_ids, config.placeholder_experts(), config.expert_names, wanted)
 
-    def _plan(
-        self, input_ids, inputs_embeds, route_ids, text_route, past_key_values
-    ) -> tuple[RoutePlan, torch.Tensor]:
+    def _plan(self, input_ids, inputs_embeds, route_ids, text_route, cache) -> tuple[RoutePlan, torch.Tensor]:
         if route_ids is not None and isinstance(text_route, torch.Tensor):
             return RoutePlan(route_ids), text_route
         if text_route is None and route_ids is None:
             # a decoding loop of the user's own passes neither: what the prompt was given travels with its cache
-            text_route = getattr(past_key_values, "mmer_text_route", None)
+            text_route = getattr(cache, "mmer_text_route", None)
         # a route named in words overrules the ids that the processor passed along
         overruled = input_ids is not None and isinstance(text_route, (str, list))
         # embeddings that come without ids are text, as far as can be known
@@ -197,6 +202,7 @@ class MMERModel(MMERPreTrainedModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        cache: Cache | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         route_ids: torch.Tensor | None = None,
@@ -213,25 +219,26 @@ class MMERModel(MMERPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass input_ids or inputs_embeds: exactly one of the two")
+        cache = one_cache(cache, past_key_values)
         media = self.media_inputs(kwargs)
         if media and media_embeds is None:
             if input_ids is None:
                 raise ValueError(f"media of {sorted(media)} need input_ids: their placeholders say where features go")
             media_embeds = self.embed_media(input_ids, media)
-        plan, text_route = self._plan(input_ids, inputs_embeds, route_ids, text_route, past_key_values)
+        plan, text_route = self._plan(input_ids, inputs_embeds, route_ids, text_route, cache)
         with route_scope(plan):
             if input_ids is not None:
-                inputs_embeds = self.embed(input_ids, media_embeds)
+                inputs_embeds = self.embed(input_ids, media_embeds, plan)
             outputs = self.language_model(
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
                 mmer_plan=plan,
+                **{CACHE: cache},
                 **kwargs,
             )
-        if outputs.past_key_values is not None:
-            outputs.past_key_values.mmer_text_route = text_route
+        if (filled := getattr(outputs, CACHE)) is not None:
+            filled.mmer_text_route = text_route
         return MMERModelOutputWithPast(**outputs, plan=plan)
 
 
@@ -251,7 +258,7 @@ class MMERForConditionalGeneration(MMERPreTrainedModel, MMERGenerationMixin):  #
         shared = [name for name, value in self.lm_head._parameters.items() if value is not None] if tied else []
         self._tied_weights_keys = {f"lm_head.{name}": f"model.language_model.embed_tokens.{name}" for name in shared}
         if config.added_tokens and not tied:
-            self.added_head = nn.Linear(text.hidden_size, len(config.added_tokens), bias=False)
+            self.added_head = nn.Linear(text.hidden_size, config.num_added_rows, bias=False)
         self.post_init()
 
     def get_input_embeddings(self):
@@ -281,7 +288,7 @@ class MMERForConditionalGeneration(MMERPreTrainedModel, MMERGenerationMixin):  #
         return logits
 
     def _logits(self, hidden: torch.Tensor, plan: RoutePlan, base_only: bool) -> torch.Tensor:
-        """(batch, positions, hidden) -> (batch, positions, vocabulary). Tokens a route does not know get -inf.
+        """(batch, positions, hidden) -> (batch, positions, vocabulary). Added tokens a route does not know get -inf.
 
         The added tokens' columns are left out with `base_only`: even a softmax over more columns rounds differently.
         """
@@ -294,11 +301,15 @@ class MMERForConditionalGeneration(MMERPreTrainedModel, MMERGenerationMixin):  #
             self.model.added_embeddings.weight if config.text_config.tie_word_embeddings else self.added_head.weight
         )
         added = self._scaled(nn.functional.linear(hidden, weight.to(hidden.dtype))).to(logits.dtype)
-        known = torch.tensor(self._known_tokens(), device=hidden.device)[plan.route_ids.to(hidden.device)]
+        routes = plan.route_ids.to(hidden.device)
+        added = added.gather(-1, torch.tensor(config.added_rows(), device=hidden.device)[routes])
+        known = torch.tensor(self._known_tokens(), device=hidden.device)[routes]
         ids = torch.tensor([token["id"] for token in config.added_tokens], device=hidden.device)
         width = config.vocab_size - logits.shape[-1]
         logits = nn.functional.pad(logits, (0, width), value=-torch.inf)
-        return logits.index_copy(-1, ids, torch.where(known, added, logits[..., ids]))
+        # the base may have an added token's id as padding: that column is the base route's alone
+        unknown = logits[..., ids].masked_fill((routes != BASE_ROUTE).unsqueeze(-1), -torch.inf)
+        return logits.index_copy(-1, ids, torch.where(known, added, unknown))
 
     def _known_tokens(self) -> list[list[bool]]:
         """(routes, added tokens): an expert writes its own added tokens, the merged route all; placeholders nobody."""
@@ -316,6 +327,7 @@ class MMERForConditionalGeneration(MMERPreTrainedModel, MMERGenerationMixin):  #
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        cache: Cache | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
@@ -336,6 +348,7 @@ class MMERForConditionalGeneration(MMERPreTrainedModel, MMERGenerationMixin):  #
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
+            cache=cache,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             route_ids=route_ids,
@@ -354,7 +367,7 @@ class MMERForConditionalGeneration(MMERPreTrainedModel, MMERGenerationMixin):  #
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: getattr(outputs, CACHE)},
         )

@@ -13,10 +13,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from .composed_processor_mmer import ComposedProcessor  # noqa: F401  (its class is found by name)
 from .media_mmer import ARGUMENTS
-
-# classes that transformers does not have, by name; the others are looked up there
-OWN_CLASSES: dict[str, type] = {}
+from .processor_classes_mmer import class_by_name
 
 _TEXT_OUTPUTS = (
     "input_ids",
@@ -29,25 +28,6 @@ _TEXT_OUTPUTS = (
     "text_replacement_offsets",
     "video_metadata",
 )
-
-
-def class_by_name(name: str) -> type:
-    """The class of that name, ours or transformers'. Raises ValueError for a name that neither knows.
-
-    Without torchvision transformers' image processors are stand-ins that fail; their Pillow twins are taken then.
-    """
-    if name in OWN_CLASSES:
-        return OWN_CLASSES[name]
-    try:
-        found = ProcessorMixin.get_possibly_dynamic_module(name)
-    except ValueError as error:
-        raise ValueError(
-            f"no class {name!r} in this version of transformers, nor among {sorted(OWN_CLASSES)}: update "
-            "transformers, or register the class with its Auto class before loading"
-        ) from error
-    if getattr(found, "is_dummy", False) and not name.endswith("Pil"):
-        return class_by_name(f"{name}Pil")
-    return found
 
 
 def tokenizer_view(tokenizer: PreTrainedTokenizerBase, tokens: dict[str, str]) -> PreTrainedTokenizerBase:
@@ -64,13 +44,30 @@ def tokenizer_view(tokenizer: PreTrainedTokenizerBase, tokens: dict[str, str]) -
     return view
 
 
+def reading_tokenizer(tokenizer: PreTrainedTokenizerBase, reading: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """The same vocabulary, read as an expert's own tokenizer reads it.
+
+    `reading` holds parts of that expert's tokenizer.json (normalizer, pre_tokenizer, post_processor); none means the
+    tokenizer itself. Raises ValueError where such parts come for a tokenizer that has no tokenizer.json.
+    """
+    if not reading:
+        return tokenizer
+    if not tokenizer.is_fast:
+        raise ValueError(f"{type(tokenizer).__name__} has no tokenizer.json, so it cannot take over {sorted(reading)}")
+    own: Any = copy.copy(tokenizer)
+    merged = own.backend_tokenizer
+    own._tokenizer = type(merged).from_str(json.dumps({**json.loads(merged.to_str()), **reading}))
+    return own
+
+
 @dataclass
 class ExpertProcessor:
     """One expert's processor.
 
     placeholders: modality -> {"token", "id"} of the token at which features stand, and "written", what a prompt says
     for one medium where that is another token. tokens: named tokens the processor asks its tokenizer for.
-    special_tokens: what its chat template is rendered with.
+    special_tokens: what its chat template is rendered with. reading: what of its tokenizer reads its prompts in
+    another way than the base's (see `reading_tokenizer`); its processor's tokenizer is one that reads so.
     """
 
     name: str
@@ -78,6 +75,7 @@ class ExpertProcessor:
     placeholders: dict[str, dict[str, Any]]
     tokens: dict[str, str] = field(default_factory=dict)
     special_tokens: dict[str, str] = field(default_factory=dict)
+    reading: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values from which `from_dict` builds an equal one, without tokenizer and template."""
@@ -97,6 +95,8 @@ class ExpertProcessor:
             "tokens": self.tokens,
             "special_tokens": self.special_tokens,
         }
+        if self.reading:
+            values["reading"] = self.reading
         return json.loads(json.dumps(values, default=_plain))
 
     @classmethod
@@ -112,11 +112,13 @@ class ExpertProcessor:
             for name, part in values["parts"].items()
         }
         kind = class_by_name(values["class"])
-        parts["tokenizer"] = tokenizer_view(tokenizer, tokens)
+        reading = values.get("reading", {})
+        parts["tokenizer"] = tokenizer_view(reading_tokenizer(tokenizer, reading), tokens)
         if "chat_template" in inspect.signature(kind).parameters:
             parts["chat_template"] = chat_template
         processor = kind(**parts, **values["arguments"])
-        made = cls(values["name"], processor, values["placeholders"], tokens, values.get("special_tokens", {}))
+        special = values.get("special_tokens", {})
+        made = cls(values["name"], processor, values["placeholders"], tokens, special, reading)
         for modality in made.modalities:
             written = made.written(modality)
             names = {f"{modality}_token": written, f"{modality}_token_id": tokenizer.convert_tokens_to_ids(written)}

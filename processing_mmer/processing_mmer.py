@@ -17,11 +17,12 @@ from transformers.processing_utils import MultiModalData
 from configuration_mmer.export_mmer import HubCodeMixin
 from configuration_mmer.routes_mmer import AUTO, MODALITIES, ROUTE_NAMES, route_tokens
 
+from .chat_templates_mmer import template_owner
 from .conversations_mmer import ConversationProcessor
 from .encoding_mmer import as_rows, as_tensors, encode_media, encode_spots, sort_settings
 from .expert_processors_mmer import ExpertProcessor
 from .media_mmer import ARGUMENTS, Media, sort_media
-from .tokens_mmer import check_stand_ins, find_spots, pad_rows, tokenize, write_stand_ins
+from .tokens_mmer import Spot, check_stand_ins, find_spots, pad_rows, tokenize, write_stand_ins
 
 _ROW_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "route_ids")
 _PADDING = ("padding", "pad_to_multiple_of", "padding_side", "add_special_tokens")
@@ -209,7 +210,8 @@ class MMERProcessor(HubCodeMixin, ConversationProcessor):
         texts, offsets = write_stand_ins(texts, spots)
         flags = add_special_tokens or [words.get("add_special_tokens", True)] * len(texts)
         unpadded = {name: value for name, value in words.items() if name not in _PADDING}
-        columns = tokenize(self.tokenizer, texts, flags, {"return_token_type_ids": False, **unpadded})
+        tokenizers = self._readers(routes, spots)
+        columns = tokenize(tokenizers, texts, flags, {"return_token_type_ids": False, **unpadded})
         check_stand_ins(columns["input_ids"], self.experts, spots)
         text_routes = self._add_columns(columns, routes)
         columns = self._pad(columns, text_routes, words)
@@ -223,6 +225,15 @@ class MMERProcessor(HubCodeMixin, ConversationProcessor):
         if kwargs.get("return_text_replacement_offsets"):
             values["text_replacement_offsets"] = offsets
         return BatchFeature(values)
+
+    def _readers(self, routes: list[str], spots: list[Spot]) -> list[Any]:
+        """Each sample's tokenizer: an expert's own way of reading for the prompts that it alone answers."""
+        readers = []
+        for sample, route in enumerate(routes):
+            owner = template_owner(route, {spot.expert for spot in spots if spot.sample == sample}, list(self.experts))
+            own = self.experts[owner] if owner else None
+            readers.append(own.processor.tokenizer if own and own.reading else self.tokenizer)
+        return readers
 
     def _media_alone(self, media: dict[str, Media], chosen: dict[str, str], settings: dict[str, Any], tensor_type):
         if not media:

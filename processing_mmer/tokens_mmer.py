@@ -61,13 +61,20 @@ def write_stand_ins(texts: list[str], spots: list[Spot]) -> tuple[list[str], lis
 
 
 def tokenize(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], add_special_tokens: list[bool], settings: dict[str, Any]
+    tokenizers: list[PreTrainedTokenizerBase],
+    texts: list[str],
+    add_special_tokens: list[bool],
+    settings: dict[str, Any],
 ) -> dict[str, list[list[Any]]]:
-    """Rows of ids, attention mask and what `settings` ask for, not padded; special tokens sample by sample."""
+    """Rows of ids, attention mask and what `settings` ask for, not padded; tokenizer and special tokens sample by
+    sample."""
     rows: list[dict[str, Any]] = [{} for _ in texts]
-    for wanted in set(add_special_tokens):
-        places = [place for place, value in enumerate(add_special_tokens) if value == wanted]
-        made = tokenizer([texts[place] for place in places], add_special_tokens=wanted, padding=False, **settings)
+    alike: dict[tuple[int, bool], list[int]] = {}
+    for place, (tokenizer, wanted) in enumerate(zip(tokenizers, add_special_tokens)):
+        alike.setdefault((id(tokenizer), wanted), []).append(place)
+    for (_, wanted), places in alike.items():
+        given = [texts[place] for place in places]
+        made = tokenizers[places[0]](given, add_special_tokens=wanted, padding=False, **settings)
         for row, place in enumerate(places):
             rows[place] = {name: values[row] for name, values in made.items()}
     return {name: [list(row[name]) for row in rows] for name in rows[0]}

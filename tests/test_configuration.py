@@ -63,6 +63,12 @@ def changed(path: str, value):
         ("decoupling.kind", "paper", "'paper' is the mask alone"),
         ("delta_modules", ["layers.0.mlp.up_proj"] * 2, "named more than once"),
         ("added_tokens", [{"token": "<image>", "id": 64, "experts": ["touch"]}], "which are no experts"),
+        (
+            "added_tokens",
+            [{"token": "<x>", "id": 64, "experts": ["audio"], "rows": {"image": 1}}],
+            "rows for .'image'.",
+        ),
+        ("added_tokens", [{"token": "<x>", "id": 64, "experts": ["audio"], "rows": {"audio": 2}}], "without a gap"),
         ("expert_names", ["image"], "expert_names: found .'image'., but experts are .'audio', 'image'."),
         ("text_route", "sound", "text_route: found 'sound'"),
     ],

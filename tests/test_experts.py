@@ -107,12 +107,18 @@ def test_a_tied_head_that_neither_class_nor_checkpoint_knows(tmp_path):
     assert torch.equal(opened(folder, base).exact_tensor("lm_head.weight"), trained.get_input_embeddings().weight)
 
 
-def test_a_head_of_its_own_over_a_tied_base_is_refused(tmp_path):
+def test_a_head_of_its_own_over_a_tied_base_unties_the_base(tmp_path):
     model = tiny.base_model(tie_word_embeddings=True)
     base = Base(str(tiny.save(model, tmp_path / "base")))
+    opened(tiny.save(tiny.expert_model("llava", model), tmp_path / "tied"), base)
+    assert base.vocabulary_names == ("embed_tokens.weight",) and "lm_head.weight" not in base.names
     trained = tiny.expert_model("llava", model, tie_word_embeddings=False)
-    with pytest.raises(ValueError, match="head of its own"):
-        opened(tiny.save(trained, tmp_path / "expert"), base)
+    expert = opened(tiny.save(trained, tmp_path / "expert"), base)
+    assert base.vocabulary_names == ("embed_tokens.weight", "lm_head.weight") and "lm_head.weight" in base.names
+    theta_0 = base.tensor("lm_head.weight")
+    assert torch.equal(theta_0, base.tensor("embed_tokens.weight")) and not base.config.tie_word_embeddings
+    tau = expert.task_vector("lm_head.weight", theta_0, tiny.ROWS)
+    assert torch.equal(tau, trained.get_output_embeddings().weight.detach()[: tiny.ROWS] - theta_0)
 
 
 def test_an_unknown_tensor_is_listed(tmp_path, llama):

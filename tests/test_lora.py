@@ -97,6 +97,48 @@ def test_against_peft(variant, trained_on, base, tower, tmp_path):
     check(opened(base, tmp_path), base, merged)
 
 
+TIED = {
+    "plain": ({}, True),
+    "trained tokens": ({"trainable_token_indices": [3, 5]}, True),
+    "head saved whole": ({"modules_to_save": ["lm_head"]}, False),
+    "embedding saved whole": ({"modules_to_save": ["embed_tokens"]}, False),
+    "both saved whole": ({"modules_to_save": ["embed_tokens", "lm_head"]}, False),
+}
+
+
+@pytest.mark.parametrize("variant", TIED)
+@pytest.mark.parametrize("bare", [False, True])
+def test_on_a_base_whose_head_is_its_embedding(variant, bare, tmp_path):
+    """The base stays tied where PEFT's model does. `bare`: the tower's checkpoint is without its language model."""
+    settings, tied = TIED[variant]
+    model = tiny.base_model(tie_word_embeddings=True)
+    base = Base(str(tiny.save(model, tmp_path / "base")))
+    folder = tiny.save(tiny.expert_model("llava", model, noise=0.0), tmp_path / "tower")
+    if bare:
+        rest = {name: t for name, t in tiny.tensors(folder).items() if not name.startswith("language_model.")}
+        save_file(rest, folder / "model.safetensors", metadata={"format": "pt"})
+    merged = train(tiny.base_model(tie_word_embeddings=True), tmp_path / "lora", **settings)
+    check(opened(base, tmp_path), base, merged)
+    same = torch.equal(merged.get_output_embeddings().weight, merged.get_input_embeddings().weight)
+    assert base.tied == same == tied
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+@pytest.mark.parametrize("bare", [False, True])
+def test_a_lora_on_one_of_two_tied_matrices(target, bare, tmp_path):
+    """Before it is merged (merging writes into the shared matrix), PEFT's LoRA changes the one it is on alone."""
+    model = tiny.base_model(tie_word_embeddings=True)
+    base = Base(str(tiny.save(model, tmp_path / "base")))
+    folder = tiny.save(tiny.expert_model("llava", model, noise=0.0), tmp_path / "tower")
+    if bare:
+        rest = {name: t for name, t in tiny.tensors(folder).items() if not name.startswith("language_model.")}
+        save_file(rest, folder / "model.safetensors", metadata={"format": "pt"})
+    train(tiny.base_model(tie_word_embeddings=True), tmp_path / "lora", target_modules=[target, "q_proj"])
+    expert = opened(base, tmp_path)
+    changed = {name for name in base.names if expert.task_vector(name, base.tensor(name), tiny.ROWS).any()}
+    assert {name for name in changed if "q_proj" not in name} == {f"{target}.weight"}
+
+
 def test_a_lora_that_reaches_the_tower(base, tower, tmp_path):
     model = tiny.expert_model("llava", tiny.base_model(), noise=0.0)
     merged = train(

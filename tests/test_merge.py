@@ -145,17 +145,29 @@ def test_towers_and_added_rows_are_copied(shared, tmp_path):
     _, experts = thetas(folder)
     tokens = [token["token"] for token in config.added_tokens]
     assert {"<image>", "<|AUDIO|>", "<grid>"} <= set(tokens)
+    # <row94>, <row95> and <grid> are tokens of both: the mean in front, each expert's own behind
+    own = {token["token"]: token["rows"] for token in config.added_tokens if "rows" in token}
+    assert own == {
+        "<row94>": {"image": 5, "audio": 6},
+        "<row95>": {"image": 7, "audio": 8},
+        "<grid>": {"image": 9, "audio": 10},
+    }
     for matrix, name in (
         ("model.added_embeddings.weight", "embed_tokens.weight"),
         ("added_head.weight", "lm_head.weight"),
     ):
-        assert stored[matrix].shape == (len(tokens), 32)
+        assert stored[matrix].shape == (len(tokens) + 6, 32)
         for token, expert, row in (
             ("<image>", "image", tiny.ROWS),
             ("<|AUDIO|>", "audio", tiny.ROWS),
             ("<grid>", "image", tiny.ROWS + 1),
+            ("<grid>", "audio", tiny.ROWS + 1),
+            ("<row94>", "audio", tiny.ROWS - 2),
         ):
-            assert torch.equal(stored[matrix][tokens.index(token)], experts[expert][name][row])
+            place = own.get(token, {}).get(expert, tokens.index(token))
+            assert torch.equal(stored[matrix][place], experts[expert][name][row])
+        mean = sum(expert[name][tiny.ROWS + 1].double() for expert in experts.values()) / 2
+        assert torch.equal(stored[matrix][tokens.index("<grid>")], mean.to(torch.bfloat16))
 
 
 def test_a_placeholder_without_a_row_gets_zeros(tmp_path):

@@ -39,9 +39,12 @@ def test_defaults():
     recipe = Recipe.from_dict(SHORT)
     assert recipe.resolved() == {
         "base": "org/base",
-        "experts": {"image": {"model": "org/llava", "lambda": 1.0, "weight": 1.0, "density": 1.0}},
+        "experts": {
+            "image": {"model": "org/llava", "tokenizer": "base", "lambda": 1.0, "weight": 1.0, "density": 1.0}
+        },
         "method": {"name": "ties", "density": 1.0, "scope": "tensor", "alpha": 1.0},
         "decoupling": {"kind": "auto", "lambda": 1.0, "scale": "row", "rank": 8},
+        "default_experts": {},
         "text_route": "auto",
         "dtype": None,
     }
@@ -86,6 +89,12 @@ def test_kinds_that_fix_scale_and_rank(kind):
         ({"decoupling": {"kind": "masks"}}, "decoupling.kind: "),
         ({"decoupling": {"rank": -1}}, "decoupling.rank: "),
         ({"text_route": "audio"}, "text_route: found 'audio'"),
+        ({"default_experts": {"image": "eyes"}}, r"default_experts.image: found 'eyes', expected one of \['image'\]"),
+        ({"default_experts": {"smell": "image"}}, "default_experts.smell"),
+        (
+            {"experts": {"film": {"model": "a/b", "modality": "video"}}, "default_experts": {"image": "film"}},
+            r"default_experts.image: expert 'film' is to bring \['video'\] alone",
+        ),
         ({"dtype": "int8"}, "dtype: "),
         ({"bases": "x"}, "bases: unknown field"),
     ],

@@ -231,7 +231,7 @@ def test_added_tokens_have_rows_of_their_own_and_belong_to_their_expert():
     model = mmer_model(mmer_config(text_config("gemma3_text")))
     ids = torch.tensor([[10, END_OF_IMAGE, 12]])
     with torch.no_grad():
-        embeds = model.model.embed(ids, None)
+        embeds = model.model.embed(ids, None, RoutePlan(torch.ones_like(ids)))
         row = model.model.added_embeddings.weight[2] * model.model.language_model.embed_tokens.embed_scale
         assert torch.allclose(embeds[0, 1], row)
         by_route = [model(input_ids=ids, text_route=torch.tensor([route])).logits[0, -1, 64:] for route in range(4)]

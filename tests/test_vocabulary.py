@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 from transformers import LlamaConfig, LlavaConfig
 
-from merging_mmer.vocabulary import build_processor, find_placeholders, merge_vocabulary
+from merging_mmer.vocabulary import _with_name, build_processor, find_placeholders, merge_vocabulary
 
 from .tiny_processors import BASE_TEMPLATE, LLAVA_TEMPLATE, MAKERS, make_llava, make_tokenizer, merged, to_merged_ids
 
@@ -68,8 +68,11 @@ def test_flags_of_added_tokens_are_copied():
     flags = {str(token): token for token in vocabulary.tokenizer.added_tokens_decoder.values()}
     assert flags["<image>"].lstrip and flags["<image>"].special and not flags["<image>"].normalized
     assert flags["<soft>"].single_word and flags["<soft>"].normalized and not flags["<soft>"].special
+    # a token that is found by other rules cannot share an id with an earlier expert's
     other = merge(make_tokenizer(), image=with_tokenizer(make_tokenizer("<image>", "<soft>")), b=with_tokenizer(own))
-    assert any("'<soft>'" in warning and "image's flags hold" in warning for warning in other.warnings)
+    assert other.renamed["b"] == {"<image>": "<image:b>", "<soft>": "<soft:b>"}
+    flags = {str(token): token for token in other.tokenizer.added_tokens_decoder.values()}
+    assert flags["<soft:b>"].single_word and not flags["<soft>"].single_word
 
 
 def test_a_placeholder_that_the_base_has_keeps_its_id():
@@ -118,10 +121,59 @@ def test_another_base_is_refused_with_the_first_token_that_differs():
         merge(longer, image=make_llava())
 
 
-def test_other_ways_to_split_text_are_warned_about():
-    made = MAKERS["llava"](bos=True)
-    vocabulary = merge(make_tokenizer(), image=made)
-    assert any("expert 'image' marks" in warning for warning in vocabulary.warnings)
+def test_other_marks_around_a_text_travel_with_the_expert():
+    vocabulary = merge(make_tokenizer(), image=MAKERS["llava"](bos=True), audio=MAKERS["qwen_audio"]())
+    assert set(vocabulary.readings["image"]) == {"post_processor"} and vocabulary.readings["audio"] == {}
+    assert vocabulary.warnings == []
+
+
+def test_tokens_of_two_meanings_are_called_apart():
+    """An earlier expert's word is a later one's placeholder, and the other way round."""
+    word, place = make_tokenizer("<image>", "<film>", "<sep>"), make_tokenizer("<sep>", "<film>", "<image>")
+    first, second = with_tokenizer(word), with_tokenizer(place)
+    second[0].image_token, second[1].image_token_index = "<film>", place.convert_tokens_to_ids("<film>")
+    size = len(make_tokenizer())
+    vocabulary = merge(make_tokenizer(), a=first, b=second)
+    assert vocabulary.renamed == {"a": {}, "b": {"<film>": "<image:b>", "<image>": "<image:b:word>"}}
+    assert {token.token: token.expert_ids for token in vocabulary.added_tokens} == {
+        "<image>": {"a": size},
+        "<film>": {"a": size + 1},
+        "<sep>": {"a": size + 2, "b": size},
+        "<image:b>": {"b": size + 1},
+        "<image:b:word>": {"b": size + 2},
+    }
+    own = "<image> <film>"
+    written = own.replace("<image>", "<image:b:word>").replace("<film>", "<image:b>")
+    assert to_merged_ids(place(own)["input_ids"], "b", vocabulary) == vocabulary.tokenizer(written)["input_ids"]
+
+
+def test_placeholders_of_modalities_that_are_left_out_get_no_row():
+    """Two experts know <video>, one of them brings videos: the word is that one's placeholder, under its own name."""
+    (eyes, eyes_config), (film, film_config) = MAKERS["onevision"](), MAKERS["video_llava"]()
+    own, configs = {"eyes": eyes, "film": film}, {"eyes": eyes_config, "film": film_config}
+    vocabulary = merge_vocabulary(make_tokenizer(), own, configs, {"eyes": ["image"], "film": ["video"]})
+    assert vocabulary.renamed == {"eyes": {}, "film": {}}
+    assert [(token.token, token.experts) for token in vocabulary.added_tokens] == [
+        ("<image>", ["eyes"]),
+        ("<video>", ["film"]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("token", "text"),
+    [
+        ("<image>", "<image:x>"),
+        ("<|audio_bos|>", "<|audio_bos:x|>"),
+        ("[IMG]", "[IMG:x]"),
+        ("</img>", "</img:x>"),
+        ("word", "word:x"),
+        ("<a>b", "<a>b:x"),
+        ("<", "<:x"),
+        ("a\nb>", "a\nb:x>"),
+    ],
+)
+def test_names_of_tokens_by_hand(token, text):
+    assert _with_name(token, "x") == text
 
 
 def test_a_base_without_pad_token_pads_with_eos():
@@ -147,6 +199,16 @@ def test_placeholders_of_every_class():
         for modality, (token, token_id, written) in found.items():
             assert token == written == getattr(processor, f"{modality}_token")
             assert token_id == processor.tokenizer.convert_tokens_to_ids(token)
+
+
+def test_a_word_that_only_the_processor_knows_is_no_placeholder():
+    """As SmolVLM has it: <video> is no token; the processor writes image placeholders in its place."""
+    processor, config = MAKERS["idefics3"]()
+    processor.video_token, processor.video_processor = "<video>", processor.image_processor
+    assert list(find_placeholders("eyes", processor, config)) == ["image"]
+    own, configs = {"eyes": processor}, {"eyes": config}
+    with pytest.raises(ValueError, match=r"asked for \['video'\], but it brings \['image'\]"):
+        merge_vocabulary(make_tokenizer(), own, configs, {"eyes": ["video"]})
 
 
 def test_placeholders_that_contradict_are_refused():

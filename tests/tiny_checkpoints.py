@@ -92,7 +92,8 @@ def expert_model(
         if name == "lm_head.weight" and base.config.tie_word_embeddings:
             continue
         change = noise * torch.randn_like(theta_0.float()) * (theta_0.ndim > 1 or norms)
-        own[name][: len(theta_0)] = (theta_0.float() + change).to(theta_0.dtype)
+        rows = min(len(theta_0), len(own[name]))  # an expert may have dropped rows of padding
+        own[name][:rows] = (theta_0.float() + change).to(theta_0.dtype)[:rows]
     if llm.tie_word_embeddings:  # Qwen2Audio ties only if asked to by hand
         model.get_output_embeddings().weight.copy_(model.get_input_embeddings().weight)
     return model
