@@ -1,5 +1,6 @@
 """mmer: the command line, and the public names (`from mmer import merge, Recipe, …`)."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -9,23 +10,31 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from configuration_mmer import MMERConfig
 from evaluation_mmer import demo as lab_demo
 from hub_cards import write_card
 from merging_mmer import MergeReport, Recipe
 from merging_mmer import merge as merge_folder
+from merging_mmer.comparison import Fit
+from merging_mmer.inspection import Inspection, inspect
+from merging_mmer.verification import Check, Verification, verify
 from modeling_mmer import MMERForConditionalGeneration
 from processing_mmer import MMERProcessor
 
 __version__ = version("mmer")
 __all__ = [
+    "Inspection",
     "MMERConfig",
     "MMERForConditionalGeneration",
     "MMERProcessor",
     "MergeReport",
     "Recipe",
+    "Verification",
+    "inspect",
     "merge",
+    "verify",
     "write_card",
 ]
 
@@ -91,6 +100,121 @@ def card(
     """Write the model card of a merged folder anew."""
     with _plain_errors():
         console.print(write_card(folder, repo))
+
+
+@app.command("inspect")
+def inspect_command(
+    source: Annotated[str, typer.Argument(help="a checkpoint, adapter or merged folder, here or on the Hub")],
+    base: Annotated[str | None, typer.Option(help="the LLM that it is to fit")] = None,
+    tower: Annotated[str | None, typer.Option(help="the checkpoint that an adapter belongs to")] = None,
+    every: Annotated[bool, typer.Option("--every", help="compare every tensor, not some")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    trust_remote_code: Annotated[bool, typer.Option(help="run the checkpoint's own code")] = False,
+):
+    """Show what of a checkpoint is language model, tower and vocabulary, and whether it fits a base."""
+    with _plain_errors():
+        found = inspect(source, base, tower, every, trust_remote_code)
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        for part in _inspected(found):
+            console.print(part, highlight=False)
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+@app.command("verify")
+def verify_command(
+    folder: Annotated[str, typer.Argument(help="a merged folder, here or on the Hub")],
+    base: Annotated[str | None, typer.Option(help="the base, where the recipe's is not at hand")] = None,
+    originals: Annotated[bool, typer.Option("--originals", help="compare with the original experts too")] = False,
+    recipe: Annotated[Path | None, typer.Option(help="a recipe that says where the originals are now")] = None,
+    load: Annotated[bool, typer.Option("--load", help="load the model and ask it what the base is asked")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    trust_remote_code: Annotated[bool, typer.Option(help="run the originals' own code")] = False,
+):
+    """Check that a merged folder is whole, sound, and made of the base and experts it names."""
+    with _plain_errors():
+        shown = None if as_json else _print_check
+        result = verify(folder, recipe or originals, base, load, trust_remote_code, on_check=shown)
+    if as_json:
+        print(json.dumps(result.to_dict(), indent=2))
+    elif result.failed:
+        console.print(f"[red]failed:[/red] {', '.join(result.failed)}")
+    if not result.ok:
+        raise typer.Exit(1)
+
+
+def _print_check(check: Check):
+    color = {"passed": "green", "failed": "red", "warning": "yellow"}.get(check.status, "dim")
+    expected = f" (expected {escape(check.expected)})" if check.expected else ""
+    console.print(
+        f"[{color}]{check.status:<8}[/{color}] {check.name:<13} {escape(check.found)}{expected}", highlight=False
+    )
+
+
+def _inspected(found: Inspection) -> Iterator[Table | str]:
+    """What `mmer inspect` prints."""
+    yield f"[bold]{escape(found.source)}[/bold]: {found.kind} {escape(found.architecture or found.model_type)}"
+    table = Table("part", "tensors", "parameters", "size", "dtypes")
+    for group in found.groups:
+        dtypes = ", ".join(
+            f"{dtype} {count}" if len(group.dtypes) > 1 else dtype for dtype, count in group.dtypes.items()
+        )
+        table.add_row(group.name, f"{group.tensors}", f"{group.parameters:,}", _size(group.bytes), dtypes)
+    yield table
+    for title, names in (("unknown tensors", found.unknown), ("missing tensors", found.missing)):
+        if names:
+            yield f"[red]{title}:[/red] {escape(', '.join(names))}"
+    if found.words is not None:
+        words = found.words
+        yield f"vocabulary: {words.rows} rows, {words.tokens} tokens, {words.padding} rows of padding"
+        if words.added:
+            yield f"added tokens: {escape(', '.join(words.added))}"
+        for modality, token in words.placeholders.items():
+            yield f"placeholder of {modality}: {escape(token['token'])} ({token['id']})"
+    for name, value in found.adapter.items():
+        if value not in (None, [], {}, False):
+            yield f"{name}: {escape(str(value))}"
+    if found.merged:
+        yield f"decoupling: {escape(str(found.merged['decoupling']))}, text_route: {found.merged['text_route']}"
+        yield _kept_table(found.merged["experts"])
+    for note in found.notes:
+        yield f"[yellow]note:[/yellow] {escape(note)}"
+    for problem in found.problems:
+        yield f"[red]problem:[/red] {escape(problem)}"
+    if found.fit is not None:
+        yield from _fit_lines(found.fit)
+
+
+def _kept_table(experts: dict[str, dict[str, Any]]) -> Table:
+    table = Table("expert", "modalities", "class", "mask density", "energy kept", "residual", "bits a parameter")
+    for name, expert in experts.items():
+        numbers = [expert.get(key) for key in ("mask_density", "kept_energy", "residual", "bits_per_parameter")]
+        shown = ["–" if number is None else f"{number:.3f}" for number in numbers]
+        table.add_row(name, ", ".join(expert["modalities"]), expert["model_type"], *shown)
+    return table
+
+
+def _fit_lines(fit: Fit) -> Iterator[str]:
+    if fit.distance is not None:
+        yield (
+            f"from {escape(fit.base)}: distance {fit.distance:.4f} of its norm, cosine {fit.cosine:.4f}, "
+            f"{fit.equal:.1%} of the entries equal ({len(fit.compared)} matrices)"
+        )
+        yield f"changed: {len(fit.changed)} of the {fit.tensors} tensors compared"
+    for reason in fit.reasons:
+        yield f"[red]does not fit:[/red] {escape(reason)}"
+    if fit.fits:
+        yield f"[green]fits[/green] {escape(fit.base)}"
+
+
+def _size(size: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}"
+        size /= 1000
+    return f"{size:.2f} GB"
 
 
 if __name__ == "__main__":
