@@ -1,12 +1,13 @@
 """What is left of the lab's experts after merging, for every way of decoupling.
 
-    python benchmarks/retention.py --experts image,audio            # the default recipe: four rows an expert
-    python benchmarks/retention.py --experts image,audio --sweep    # and every other way, with its bits
+    python benchmarks/retention.py                                  # the default recipe: four rows an expert
+    python benchmarks/retention.py --only default paper             # and other ways, with their bits
+    python benchmarks/retention.py --experts image,audio --sweep    # every way, with these two merged alone
 
-Both experts are always merged; `--experts` says which of them are asked. Prints accuracy on held-out items with its
-Wilson 95 % interval, retention (÷ the original expert on the same items), the share of items answered with the same
-words as the original, the residual, and the bits a parameter that it costs. Everything runs in fp32 on the CPU,
-greedily, through the processors and `generate`. results/retention.json holds the rows that the README shows.
+`--experts` are the experts that are merged and asked: all five of the lab, or some. Prints accuracy on held-out items
+with its Wilson 95 % interval, retention (÷ the original expert on the same items), the share of items answered with
+the same words as the original, the residual, and the bits a parameter that it costs. Everything runs in fp32 on the
+CPU, greedily, through the processors and `generate`. results/retention.json holds the rows that the README shows.
 """
 
 import argparse
@@ -21,8 +22,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoProcessor
 
+from evaluation_mmer.demo import EXPERTS, sources
 from evaluation_mmer.lab import build_base, build_expert, load_expert, load_items
-from evaluation_mmer.lab.experts import conversation, processor_inputs
+from evaluation_mmer.lab.experts import processor_inputs
+from evaluation_mmer.lab.layouts import LAYOUTS
 from evaluation_mmer.retention import Score, batched, evaluate
 from mmer import MMERForConditionalGeneration, merge
 
@@ -38,13 +41,10 @@ SWEEP: dict[str, dict[str, Any]] = {
     "mask, rank 16, no scales": {"decoupling": {"kind": "mask", "scale": "none", "rank": 16}},
 }
 BATCH = 40
-EXPERTS = ("image", "audio")
 
 
-def recipe(settings: dict[str, Any]) -> dict[str, Any]:
-    experts = {name: build_expert(name) for name in EXPERTS}
-    sources = {name: {"lora": str(e.lora), "tower": str(e.tower)} for name, e in experts.items()}
-    return {"base": str(build_base()), "experts": sources, **settings}
+def recipe(names: list[str], settings: dict[str, Any]) -> dict[str, Any]:
+    return {"base": str(build_base()), **sources({name: build_expert(name) for name in names}), **settings}
 
 
 def original(name: str, items: list) -> Score:
@@ -55,13 +55,12 @@ def original(name: str, items: list) -> Score:
 
 def merged_inputs(processor, name: str, items: list) -> list[dict[str, torch.Tensor]]:
     """The same items through the merged repo's processor, with the expert's own template."""
-    batches = []
+    modality, batches = LAYOUTS[name].media_type, []
     for part in batched(items, BATCH):
         chats = []
         for item in part:
-            (turn,) = conversation(name, item.question)
-            blocks = [{**turn["content"][0], name: item.media}, *turn["content"][1:]]
-            chats.append([{"role": "user", "content": blocks}])
+            media = {"type": modality, modality: item.media, "expert": name}
+            chats.append([{"role": "user", "content": [media, {"type": "text", "text": item.question}]}])
         batches.append(
             dict(processor.apply_chat_template(chats, tokenize=True, return_dict=True, add_generation_prompt=True))
         )
@@ -111,7 +110,7 @@ def markdown(path: Path) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--experts", default="image,audio", help="names, with commas (default: image,audio)")
+    parser.add_argument("--experts", default=",".join(EXPERTS), help="names, with commas (default: all of the lab)")
     parser.add_argument("--items", type=int, default=400, help="held-out items an expert (default: 400)")
     parser.add_argument("--seed", type=int, default=0, help="order of the items (default: 0)")
     parser.add_argument("--sweep", action="store_true", help="every way of decoupling, not the default alone")
@@ -139,7 +138,7 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             started = time.monotonic()
             out = Path(folder) / label.replace(" ", "-")
-            report = merge(recipe(settings), out, progress=False)
+            report = merge(recipe(names, settings), out, progress=False)
             model = MMERForConditionalGeneration.from_pretrained(out, dtype=torch.float32).eval()
             processor = AutoProcessor.from_pretrained(out, trust_remote_code=True)
             decode = lambda tokens: processor.batch_decode(tokens, skip_special_tokens=True)  # noqa: E731

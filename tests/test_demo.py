@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from evaluation_mmer.demo import Clock, conversations, recipe, samples, spans
+from evaluation_mmer.demo import EXPERTS, Clock, conversations, recipe, samples, spans
 from evaluation_mmer.lab.datasets import ANSWERS
 from merging_mmer import Recipe
 
@@ -17,24 +17,30 @@ def test_spans_by_hand():
 
 def test_samples_are_there_with_answers_that_the_experts_know():
     found = samples()
-    assert set(found) == {"image", "audio"}
-    for modality, entries in found.items():
+    assert set(found) == set(EXPERTS)
+    for expert, entries in found.items():
         assert len(entries) >= 5
         for entry in entries:
-            assert Path(entry["file"]).is_file() and entry["answer"] in ANSWERS[modality]
+            assert Path(entry["file"]).is_file() and entry["answer"] in ANSWERS[expert]
 
 
-def test_conversations_ask_about_each_and_both():
-    kinds = [[block["type"] for block in chat[0]["content"]] for _, chat, _ in conversations()]
-    assert kinds == [["image", "text"], ["audio", "text"], *[["audio", "image", "text"]] * 2, ["text"]]
+def test_conversations_ask_about_each_and_all_and_both_tasks():
+    asked = [(chat[0]["content"], route) for _, chat, route in conversations()]
+    kinds = [[block["type"] for block in blocks] for blocks, _ in asked]
+    each, together = ["image", "audio", "video", "point_cloud"], ["image", "audio", "video", "point_cloud", "text"]
+    assert kinds == [*[[kind, "text"] for kind in each], *[together] * 4, *[["image", "text"]] * 2, ["text"]]
+    assert [route for blocks, route in asked if len(blocks) == 5] == each
+    digit, forgotten = (blocks[0] for blocks, _ in asked[8:10])
+    assert digit["expert"] == forgotten["expert"] == "digits" and forgotten["path"] == asked[0][0][0]["path"]
 
 
 def test_the_recipe_is_one():
     class Expert:
-        lora, tower = Path("lora"), Path("tower")
+        lora, tower, modality = Path("lora"), Path("tower"), "image"
 
-    made = Recipe.from_dict(recipe(Path("base"), {"image": Expert(), "audio": Expert()}))
-    assert made.decoupling.kind == "mask" and list(made.experts) == ["image", "audio"]
+    made = Recipe.from_dict(recipe(Path("base"), {"image": Expert(), "digits": Expert()}))
+    assert made.decoupling.kind == "mask" and list(made.experts) == ["image", "digits"]
+    assert made.default_experts == {"image": "image"}
 
 
 def test_clock_counts_what_fails_too():

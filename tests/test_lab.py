@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import itertools
 import json
 import struct
 import subprocess
@@ -15,11 +16,26 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import Dinov2Config, LlamaConfig, Qwen2AudioEncoderConfig
+from tokenizers import Tokenizer, models
+from transformers import Dinov2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen2AudioEncoderConfig
 
-from evaluation_mmer.lab import cache, datasets, experts, fashion, packages, speech, towers
+from evaluation_mmer.lab import (
+    cache,
+    clips,
+    datasets,
+    debian,
+    digits,
+    experts,
+    fashion,
+    furniture,
+    layouts,
+    packages,
+    speech,
+)
+from processing_mmer.media_mmer import read_video
+from processing_mmer.point_clouds_mmer import read_point_cloud
 
-NAMES = ("image", "audio")
+NAMES = tuple(layouts.LAYOUTS)
 STORED = experts.STORED
 SMOLLM2 = dict(
     vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
@@ -42,34 +58,44 @@ def test_what_ships_of_an_expert_is_small_and_holds_no_encoder_and_no_base(name)
     assert facts["question"] == datasets.QUESTIONS[name]
     assert tuple(facts["answers"]) == datasets.ANSWERS[name]
     with safe_open(folder / "connector.safetensors", "pt") as file:
-        assert {key.split(".")[0] for key in file.keys()} == {"multi_modal_projector", "added_embeddings"}
-        assert file.get_slice("added_embeddings").get_shape() == [len(towers.LAYOUTS[name].added_tokens), 576]
+        layout = layouts.LAYOUTS[name]
+        assert set(file.keys()) == {*layout.shapes(1, 1), "added_embeddings"}
+        assert file.get_slice("added_embeddings").get_shape() == [len(layout.added_tokens), 576]
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         assert len(file.keys()) == 2 * 7 * 30
         assert all(".language_model.layers." in key and ".lora_" in key for key in file.keys())
 
 
+@pytest.fixture(scope="module")
+def bare_tokenizer():
+    """A tokenizer that knows nothing but the tokens that the experts add."""
+    tokens = sorted({token for layout in layouts.LAYOUTS.values() for token in layout.added_tokens})
+    words = Tokenizer(models.WordLevel({token: number for number, token in enumerate(tokens)}))
+    return PreTrainedTokenizerFast(tokenizer_object=words)
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_the_adapter_fits_the_class_it_was_trained_on(name, tmp_path):
+def test_the_adapter_fits_the_class_it_was_trained_on(name, bare_tokenizer, tmp_path):
     """Names and shapes as PEFT asks for them on the real architecture, built without memory."""
-    text = LlamaConfig(**SMOLLM2)
-    if name == "image":
-        Dinov2Config(hidden_size=384, num_attention_heads=6).save_pretrained(tmp_path)
-        config = towers.image_config(text, tmp_path, 49152)
-    else:
+    text, layout, encoder = LlamaConfig(**SMOLLM2), layouts.LAYOUTS[name], tmp_path
+    if name == "audio":
         Qwen2AudioEncoderConfig(
             d_model=384, encoder_layers=4, encoder_attention_heads=6, encoder_ffn_dim=1536, num_mel_bins=80
         ).save_pretrained(tmp_path)
-        config = towers.audio_config(text, tmp_path, 49152)
+    elif name == "point_cloud":
+        encoder = STORED / name
+    else:
+        Dinov2Config(hidden_size=384, num_attention_heads=6).save_pretrained(tmp_path)
+    config = layout.config(text, encoder, bare_tokenizer)
     with torch.device("meta"):
-        model = get_peft_model(towers.LAYOUTS[name].model(config), LoraConfig.from_pretrained(STORED / name))
+        model = get_peft_model(layout.model(config), LoraConfig.from_pretrained(STORED / name))
     wanted = {key: list(value.shape) for key, value in get_peft_model_state_dict(model).items()}
     with safe_open(STORED / name / "adapter_model.safetensors", "pt") as file:
         assert {key: file.get_slice(key).get_shape() for key in file.keys()} == wanted
+    inner = model.get_submodule("base_model.model.model").state_dict()
     with safe_open(STORED / name / "connector.safetensors", "pt") as file:
-        projector = model.get_submodule("base_model.model.model.multi_modal_projector").state_dict()
-        for key, value in projector.items():
-            assert file.get_slice(f"multi_modal_projector.{key}").get_shape() == list(value.shape)
+        for key, shape in layout.shapes(layout.width(encoder), 576).items():
+            assert file.get_slice(key).get_shape() == list(shape) == list(inner[key].shape)
 
 
 def test_samples_are_what_the_index_says():
@@ -77,17 +103,23 @@ def test_samples_are_what_the_index_says():
     index = json.loads((STORED / "samples" / "index.json").read_text())
     files = {file.name for file in (STORED / "samples").iterdir()} - {"index.json"}
     assert {entry["file"] for entry in index} == files
-    assert {entry["answer"] for entry in index if entry["modality"] == "image"} == set(fashion.CLASSES)
+    for name in ("image", "digits", "video", "point_cloud"):
+        assert [entry["answer"] for entry in index if entry["expert"] == name] == list(datasets.ANSWERS[name])
     for entry in index:
         path = STORED / "samples" / entry["file"]
         assert entry["source"] and entry["licence"] and path.stat().st_size < 65536
-        assert entry["answer"] in datasets.ANSWERS[entry["modality"]]
-        assert entry["question"] == datasets.QUESTIONS[entry["modality"]]
+        assert entry["answer"] in datasets.ANSWERS[entry["expert"]]
+        assert entry["question"] == datasets.QUESTIONS[entry["expert"]]
+        assert entry["modality"] == layouts.LAYOUTS[entry["expert"]].media_type
         if entry["modality"] == "image":
-            assert Image.open(path).size == (28, 28)
-        else:
+            assert Image.open(path).size == ((28, 28) if entry["expert"] == "image" else (8, 8))
+        elif entry["modality"] == "audio":
             info = soundfile.info(path)
             assert (info.samplerate, info.channels) == (speech.RATE, 1) and info.duration <= 1
+        elif entry["modality"] == "video":
+            assert read_video(path)[0].shape == (clips.FRAMES, clips.SIDE, clips.SIDE, 3)
+        else:
+            assert read_point_cloud(path).shape == (furniture.POINTS, 3)
 
 
 # --- the cache
@@ -233,7 +265,7 @@ def test_wrong_requests_and_damaged_files_are_refused(tiny_fashion):
         datasets.load_items("image", "test", 31)
     with pytest.raises(ValueError, match="no items 'smell'"):
         datasets.load_items("smell", "test")
-    with pytest.raises(ValueError, match="no lab expert 'smell'; there are image, audio"):
+    with pytest.raises(ValueError, match="no lab expert 'smell'; there are image, digits"):
         experts.build_expert("smell")
     labels = tiny_fashion / "t10k-labels-idx1-ubyte.gz"
     labels.write_bytes(gzip.compress(gzip.decompress(labels.read_bytes())[:-1]))
@@ -242,6 +274,117 @@ def test_wrong_requests_and_damaged_files_are_refused(tiny_fashion):
     labels.write_bytes(gzip.compress(b"PNG?"))
     with pytest.raises(RuntimeError, match="not an idx file"):
         datasets.load_items("image", "test")
+
+
+def test_the_words_of_a_name_tell_its_class():
+    told = {
+        "Rattan armchair": "chair", "Chair with cushion": "chair", "Armchair ottoman": None,
+        "Table on trestles": "table",
+        "Table fan": None, "Tablet": None, "Sofa 3 seats": "sofa", "Double French window small panes": "window",
+        "Window blind": None, "Glass door cabinet": "cabinet", "Doormat": None, "Lying down female": "person",
+        "Woman shoes": None, "Bended coconut tree": "plant", "Track lights": "lamp",
+    }  # fmt: skip
+    assert {name: furniture.class_of(name) for name in told} == told
+
+
+def box_library(folder: Path, boxes: int) -> Path:
+    """A library of Sweet Home 3D with `boxes` meshes of each class, and one thing that has none."""
+    words = {kind: pattern.split("|")[0].capitalize() for kind, pattern in furniture.WORDS.items()}
+    names = [words[kind] for kind in furniture.CLASSES for _ in range(boxes)] + ["Orange"]
+    generator = np.random.default_rng(0)
+    with zipfile.ZipFile(folder / "Tiny.sh3f", "w") as archive:
+        lines = [f"name#{n}={name}\nmodel#{n}=/tiny/{n}.obj" for n, name in enumerate(names, 1)]
+        archive.writestr("PluginFurnitureCatalog.properties", "id=tiny\n" + "\n".join(lines))
+        for n in range(1, len(names) + 1):
+            corners = generator.uniform(1, 90, 3) * np.array(list(itertools.product((0, 1), repeat=3)))
+            faces = ["1 2 4 3", "5 6 8 7", "1 2 6 5", "3 4 8 7", "1 3 7 5", "2 4 8 6"]
+            text = "".join(f"v {x} {y} {z}\n" for x, y, z in corners) + "".join(f"f {face}\n" for face in faces)
+            archive.writestr(f"tiny/{n}.obj", text)
+    return folder
+
+
+def test_each_mesh_is_in_one_split_and_its_clouds_stand_upright(tmp_path, monkeypatch):
+    library = tmp_path / "library"
+    library.mkdir()
+    monkeypatch.setattr(furniture, "INSTALLED", box_library(library, boxes=10))
+    splits = {split: furniture.clouds(split, tmp_path / "cache", quiet) for split in furniture.SPLITS}
+    assert {split: len(clouds) // clouds.views for split, clouds in splits.items()} == {
+        "train": 60, "validation": 10, "test": 30,
+    }  # fmt: skip
+    places = [place for clouds in splits.values() for place in clouds.places]
+    assert len(set(places)) == len(places) == 100
+    for split, clouds in splits.items():
+        assert len(clouds) == len(clouds.places) * furniture.VIEWS[split]
+        points, kind = clouds[1]
+        again, _ = clouds[1]
+        assert points.shape == (furniture.POINTS, 3) and (points == again).all() and kind == clouds.kinds[0]
+    mesh = splits["test"].points[0].astype(np.float64)
+    seen = furniture.view(mesh, np.random.default_rng(5))
+    # y stays up: heights are those of the mesh, stretched by one number; the floor plan is turned
+    chosen = np.random.default_rng(5).choice(len(mesh), size=furniture.POINTS, replace=False)
+    ratio = seen[:, 1] / mesh[chosen, 1]
+    assert 0.9 <= ratio.min() and ratio.max() <= 1.1 and np.ptp(ratio) < 1e-4
+
+
+def test_digits_are_split_by_place_and_damaged_rows_refused(tmp_path, monkeypatch):
+    rows = np.zeros((1797, 65), dtype=int)
+    rows[:, 0], rows[:, -1] = np.arange(1797) % 17, np.arange(1797) % 10
+    folder = tmp_path / "lab" / "datasets" / "digits"
+    folder.mkdir(parents=True)
+
+    def store(rows: np.ndarray) -> None:
+        text = "\n".join(",".join(map(str, row)) for row in rows)
+        (folder / digits.FILE).write_bytes(gzip.compress(text.encode()))
+
+    store(rows)
+    found = {split: digits.pictures(split, tmp_path, quiet) for split in ("train", "validation", "test")}
+    assert [len(pictures) for pictures in found.values()] == [1197, 200, 400]
+    picture, name = found["test"][0]
+    assert picture.shape == (8, 8) and picture[0, 0] == rows[1397, 0] * 255 // 16
+    assert name == digits.CLASSES[rows[1397, -1]]
+    rows[3, 7] = 17
+    store(rows)
+    with pytest.raises(RuntimeError, match="pixels 0..16"):
+        digits.pictures("test", tmp_path, quiet)
+
+
+def centre(frame: np.ndarray) -> np.ndarray:
+    """(x, y) of the middle of the light in a frame (height, width, 3)."""
+    light = frame[..., 0].astype(float)
+    y, x = np.mgrid[: light.shape[0], : light.shape[1]]
+    return np.array([(x * light).sum(), (y * light).sum()]) / light.sum()
+
+
+@pytest.mark.parametrize("movement", clips.MOVEMENTS)
+def test_a_clip_moves_as_it_says(movement):
+    picture = np.zeros((28, 28), np.uint8)
+    picture[6:22, 10:18] = 200  # a bar, of which a turn can be seen
+    picture[6:10, 10:26] = 200
+    made = clips.frames(picture, movement, np.random.default_rng(3))
+    assert made.shape == (clips.FRAMES, clips.SIDE, clips.SIDE, 3) and made.dtype == np.uint8
+    x, y = centre(made[-1]) - centre(made[0])
+    light = [float((frame[..., 0] > 100).sum()) for frame in (made[0], made[-1])]
+    if movement in ("left", "right", "up", "down"):
+        along, across = (x, y) if movement in ("left", "right") else (y, x)
+        assert abs(along) > 12 and abs(across) < 2 and (along > 0) == (movement in ("right", "down"))
+    elif movement in ("closer", "away"):
+        assert (light[1] > 1.5 * light[0]) if movement == "closer" else (light[0] > 1.5 * light[1])
+    else:
+        angles = []
+        for frame in (made[0], made[1]):
+            lit = np.argwhere(frame[..., 0] > 100)[:, ::-1] - centre(frame)
+            corner = lit[np.linalg.norm(lit, axis=1).argmax()]
+            angles.append(np.degrees(np.arctan2(corner[1], corner[0])))  # y points down: growing is clockwise
+        turned = (angles[1] - angles[0] + 180) % 360 - 180
+        assert 3 < abs(turned) < 40 and (turned > 0) == (movement == "clockwise")
+    with pytest.raises(ValueError, match="movement.*'sideways'"):
+        clips.frames(picture, "sideways", np.random.default_rng(0))
+
+
+def test_clips_of_a_split_are_the_same_each_time(tiny_fashion):
+    first, again = clips.clips("test"), clips.clips("test")
+    assert len(first) == 30 and (first[3][0] == again[3][0]).all() and first[3][1] == again[3][1]
+    assert {movement for _, movement in first} <= set(clips.MOVEMENTS)
 
 
 def test_no_voice_of_a_split_is_heard_in_another():
@@ -270,6 +413,11 @@ def test_missing_programs_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(fashion, "INSTALLED", tmp_path / "nowhere")
     with pytest.raises(RuntimeError, match="dataset-fashion-mnist"):
         fashion.pictures("test", tmp_path, quiet)
+    with (
+        pytest.raises(RuntimeError, match="apt-get is not here.*apt-get install some-data"),
+        debian.unpacked("some-data", tmp_path / "nowhere", 1, "MIT", tmp_path, quiet),
+    ):
+        raise AssertionError("a package that cannot be had came through")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import soundfile
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -25,8 +26,14 @@ from transformers import (
 from evaluation_mmer import demo
 from evaluation_mmer.lab import datasets, experts, smollm2, towers, whisper
 from evaluation_mmer.lab.cache import LabError
+from evaluation_mmer.lab.layouts import LAYOUTS
+from modeling_mmer.point_bert_mmer import PointBert
+from processing_mmer.media_mmer import read_video
+from processing_mmer.point_clouds_mmer import read_point_cloud
 
-NAMES = ("image", "audio")
+NAMES = tuple(LAYOUTS)
+PICTURES = ("image", "digits")
+TOKENS = {"image": 16, "digits": 16, "video": 8 * 4 + 1, "point_cloud": 9}
 
 
 def ctranslate2(variables: dict[str, np.ndarray], spec: str = "WhisperSpec") -> bytes:
@@ -77,7 +84,12 @@ def miniatures(tmp_path_factory):
     tokenizer.save_pretrained(root / "base")
     Dinov2Model(
         Dinov2Config(hidden_size=8, num_hidden_layers=12, num_attention_heads=2, image_size=70)
-    ).save_pretrained(root / "image")
+    ).save_pretrained(root / "dino")
+    settings = {"kind": "point_bert", "point_dims": 3, "groups": 8, "group_size": 4, "group_width": 8}
+    settings.update(width=8, heads=2, depth=1)
+    (root / "point_cloud").mkdir()
+    (root / "point_cloud" / "encoder.json").write_text(json.dumps(settings))
+    save_file(PointBert(settings).state_dict(), root / "point_cloud" / "encoder.safetensors")
     Qwen2AudioEncoder(
         Qwen2AudioEncoderConfig(
             d_model=8, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=16, num_mel_bins=8
@@ -89,7 +101,8 @@ def miniatures(tmp_path_factory):
 @pytest.fixture(scope="module", params=NAMES)
 def tower(request, miniatures):
     name = request.param
-    base, encoder, folder = miniatures / "base", miniatures / name, miniatures / f"{name}-tower"
+    base, folder = miniatures / "base", miniatures / f"{name}-tower"
+    encoder = miniatures / (name if name in ("audio", "point_cloud") else "dino")
     folder.mkdir(exist_ok=True)
     connector = towers.new_connector(name, base, encoder, seed=0)
     towers.write_tower(name, base, encoder, connector, folder)
@@ -112,12 +125,19 @@ def test_a_tower_is_a_stock_checkpoint_whose_text_is_the_bases(tower, miniatures
 
 def test_a_towers_processor_gives_as_many_placeholders_as_there_are_features(tower):
     name, model, processor, _ = tower
+    generator = np.random.default_rng(0)
     pictures = [Image.new("RGB", (28, 28), color) for color in ("red", "white")]
-    waves = [np.sin(np.arange(length) / 9).astype(np.float32) for length in (16000, 7000)]
-    items = [datasets.LabItem(media, "What?", "") for media in (pictures if name == "image" else waves)]
+    media = {
+        "image": pictures,
+        "digits": pictures,
+        "audio": [np.sin(np.arange(length) / 9).astype(np.float32) for length in (16000, 7000)],
+        "video": list(generator.integers(0, 256, (2, 8, 56, 56, 3), dtype=np.uint8)),
+        "point_cloud": [generator.normal(size=(count, 3)).astype(np.float32) for count in (700, 600)],
+    }[name]
+    items = [datasets.LabItem(one, "What?", "") for one in media]
     inputs = experts.processor_inputs(processor, items)
     counts = (inputs["input_ids"] == 258).sum(1).tolist()
-    assert counts == ([16, 16] if name == "image" else [25, 11])
+    assert counts == ([25, 11] if name == "audio" else [TOKENS[name]] * 2)
     assert inputs["attention_mask"][:, -1].all()  # padded on the left
     alone = [experts.answer(model, processor, [item])[0] for item in items]
     assert experts.answer(model, processor, items) == alone
@@ -125,9 +145,9 @@ def test_a_towers_processor_gives_as_many_placeholders_as_there_are_features(tow
 
 def test_the_image_features_are_hidden_state_10_of_the_whole_encoder(miniatures, tower):
     name, model, _, _ = tower
-    if name != "image":
+    if name not in PICTURES:
         pytest.skip("about the image tower")
-    whole = Dinov2Model.from_pretrained(miniatures / "image", dtype=torch.bfloat16).float()
+    whole = Dinov2Model.from_pretrained(miniatures / "dino", dtype=torch.bfloat16).float()
     pixels = torch.randn(2, 3, 56, 56)
     with torch.no_grad():
         states = whole(pixels, output_hidden_states=True).hidden_states[10][:, 1:]
@@ -139,8 +159,8 @@ def test_the_image_features_are_hidden_state_10_of_the_whole_encoder(miniatures,
 
 def test_the_template_is_the_bases_for_plain_text(tower):
     name, _, processor, _ = tower
-    block = towers.LAYOUTS[name].media
-    text = processor.apply_chat_template(experts.conversation(name, "Hm?"), add_generation_prompt=True, tokenize=False)
+    block, chat = towers.LAYOUTS[name].media, experts.conversation(towers.LAYOUTS[name].media_type, "Hm?")
+    text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     assert text == (
         f"<|im_start|>system\n{towers.SYSTEM}<|im_end|>\n<|im_start|>user\n{block}\nHm?<|im_end|>\n"
         "<|im_start|>assistant\n"
@@ -171,6 +191,16 @@ def test_the_real_base_speaks_and_its_template_is_ours():
         assert ours == tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
 
 
+def read_sample(entry):
+    """A sample of the package as its expert's data set has it."""
+    path, modality = entry["file"], entry["modality"]
+    if modality == "image":
+        return Image.open(path).convert("RGB")
+    if modality == "audio":
+        return soundfile.read(path)[0]
+    return read_video(path)[0] if modality == "video" else read_point_cloud(path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_real_experts_answer_what_ships_with_them(name):
@@ -178,10 +208,11 @@ def test_the_real_experts_answer_what_ships_with_them(name):
     model, processor = experts.load_expert(name, torch.float32)
     items = []
     for entry in demo.samples()[name]:
-        media = Image.open(entry["file"]).convert("RGB") if name == "image" else soundfile.read(entry["file"])[0]
-        items.append(datasets.LabItem(media, entry["question"], entry["answer"]))
+        items.append(datasets.LabItem(read_sample(entry), entry["question"], entry["answer"]))
     replies = [datasets.normalise(reply) for reply in experts.answer(model, processor, items)]
-    assert len(items) >= 6 and replies == [item.answer for item in items]
+    right = sum(reply == item.answer for reply, item in zip(replies, items, strict=True))
+    # chosen blindly, so that not every one is answered; of the pictures and words all are
+    assert len(items) >= 6 and right >= (len(items) if name in ("image", "audio") else 0.6 * len(items)), replies
 
 
 @pytest.mark.slow

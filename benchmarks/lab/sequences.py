@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import LlavaOnevisionForConditionalGeneration, PreTrainedModel
 
 from evaluation_mmer.lab.datasets import LabItem
 from evaluation_mmer.lab.experts import processor_inputs
+from evaluation_mmer.lab.layouts import LAYOUTS
+from modeling_mmer.cache_mmer import CACHE
 
 IGNORE = -100
 
@@ -25,16 +27,19 @@ class Caught(Exception):
 
 
 def connector_input(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """What the model's own class hands its connector for these inputs: (items, tokens, width)."""
+    """What the model's own class hands its connector for these inputs: (items, tokens, width); frames are items."""
     caught: list[torch.Tensor] = []
 
     def catch(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         caught.append(args[0])
         raise Caught
 
-    handle = model.get_submodule("model.multi_modal_projector").register_forward_pre_hook(catch)
+    handle = projector_of(model).register_forward_pre_hook(catch)
+    training = model.training
+    model.eval()  # the encoder is frozen, its statistics too
     with torch.no_grad(), contextlib.suppress(Caught):
         model(**inputs)
+    model.train(training)
     handle.remove()
     return caught[0]
 
@@ -64,9 +69,12 @@ class Features:
         items = self.items[start : start + self.chunk]
         inputs = processor_inputs(self.processor, items)
         features = connector_input(self.model, inputs)
+        if len(features) != len(items):  # the frames of one clip behind one another
+            features = features.reshape(len(items), -1, features.shape[-1])
         for row, (ids, mask) in enumerate(zip(inputs["input_ids"], inputs["attention_mask"])):
             prompt = ids[mask.bool()].tolist()
-            kept = features[row, : prompt.count(self.media_id)].to(torch.float16)
+            heard = prompt.count(self.media_id) if "input_features" in inputs else features.shape[1]
+            kept = features[row, :heard].to(torch.float16)
             self.known[start + row] = (prompt, kept)
 
     def __getitem__(self, index: int) -> tuple[list[int], torch.Tensor, str]:
@@ -100,19 +108,37 @@ def answer_logits(model: PreTrainedModel, added: torch.Tensor, prefix: torch.Ten
     inner: Any = model.get_submodule("model")
     table = inner.get_input_embeddings()
     base_rows = table.num_embeddings - len(added)
-    context = inner.language_model(inputs_embeds=table(prefix[None]), use_cache=True).past_key_values
+    context = getattr(inner.language_model(inputs_embeds=table(prefix[None]), use_cache=True), CACHE)
     context.batch_repeat_interleave(len(batch.ids))
 
     embeds = table(batch.ids)
     soft = batch.ids >= base_rows
     embeds = embeds.masked_scatter(soft[..., None], added[batch.ids[soft] - base_rows].to(embeds.dtype))
     media = batch.ids == media_token(model)
-    projected = inner.multi_modal_projector(batch.media)
+    projected = project(model, batch.media, len(batch.ids))
     embeds = embeds.masked_scatter(media[..., None], projected.to(embeds.dtype))
-    hidden = inner.language_model(inputs_embeds=embeds, past_key_values=context, use_cache=True).last_hidden_state
+    hidden = inner.language_model(inputs_embeds=embeds, use_cache=True, **{CACHE: context}).last_hidden_state
     return model.get_output_embeddings()(hidden[batch.targets != IGNORE])  # 2-D: a 3-D input copies the vocabulary
+
+
+def project(model: Any, media: torch.Tensor, items: int) -> torch.Tensor:
+    """The connector's inputs (tokens, width) -> what stands at the placeholders (placeholders, hidden)."""
+    projected = projector_of(model)(media)
+    if not isinstance(model, LlavaOnevisionForConditionalGeneration):
+        return projected
+    inner, hidden = model.model, projected.shape[-1]
+    side = inner.config.vision_config.image_size // inner.config.vision_config.patch_size
+    pooled = inner.apply_pooling(projected.reshape(-1, side * side, hidden)).reshape(items, -1, hidden)
+    newline = inner.image_newline.expand(items, 1, hidden).to(pooled.dtype)
+    return torch.cat([pooled, newline], 1).reshape(-1, hidden)
+
+
+def projector_of(model: Any) -> nn.Module:
+    layout = next(layout for layout in LAYOUTS.values() if isinstance(model, layout.model))
+    return model.model.get_submodule(layout.projector)
 
 
 def media_token(model: PreTrainedModel) -> int:
     config: Any = model.config
-    return int(getattr(config, "image_token_index", None) or config.audio_token_index)
+    names = ("video_token_id", "audio_token_id", "point_cloud_token_id", "image_token_id", "audio_token_index")
+    return int(next(getattr(config, name) for name in names if getattr(config, name, None) is not None))

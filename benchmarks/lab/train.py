@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from sequences import Batch, Features, answer_logits, media_token, shared_prefix
+from sequences import Batch, Features, answer_logits, media_token, projector_of, shared_prefix
 from torch import nn
 from transformers import AutoProcessor, PreTrainedModel
 
 from evaluation_mmer.lab.datasets import ANSWERS, QUESTIONS, load_items
 from evaluation_mmer.lab.experts import build_base, build_encoder
-from evaluation_mmer.lab.towers import LAYOUTS, new_connector, write_tower
+from evaluation_mmer.lab.layouts import LAYOUTS
+from evaluation_mmer.lab.towers import new_connector, write_tower
 
 LINEARS = r"model\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
@@ -69,7 +70,16 @@ class Trainee:
             )
         self.model.requires_grad_(False)
         self.model.get_submodule(f"model.{LAYOUTS[name].encoder}").float()  # features as a float32 expert has them
-        self.projector = self.model.get_submodule("model.multi_modal_projector").float()
+        self.projector = projector_of(self.model).float()
+        # what a layout's connector holds besides its projector (LLaVA-OneVision's newline)
+        self.others = {
+            key: nn.Parameter(connector[key].float())
+            for key in LAYOUTS[name].shapes(1, 1)
+            if not key.startswith(f"{LAYOUTS[name].projector}.")
+        }
+        for key, value in self.others.items():
+            setattr(self.model.get_submodule("model"), key, value)
+        self.prefix = LAYOUTS[name].projector
         self.added = nn.Parameter(connector["added_embeddings"])
         config = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules=LINEARS, bias="none")
         self.peft = get_peft_model(self.model, config)
@@ -83,14 +93,14 @@ class Trainee:
 
     def groups(self, lr: float) -> list[dict[str, Any]]:
         adapter = [value for name, value in self.peft.named_parameters() if "lora_" in name]
-        connector = [*self.projector.parameters(), self.added]
+        connector = [*self.projector.parameters(), *self.others.values(), self.added]
         return [{"params": adapter, "lr": lr}, {"params": connector, "lr": 2 * lr}]
 
     def save(self, out: Path) -> None:
         """What ships, in bf16."""
         out.mkdir(parents=True, exist_ok=True)
-        connector = {f"multi_modal_projector.{key}": value for key, value in self.projector.state_dict().items()}
-        connector["added_embeddings"] = self.added
+        connector = {f"{self.prefix}.{key}": value for key, value in self.projector.state_dict().items()}
+        connector.update(self.others, added_embeddings=self.added)
         half = {key: value.detach().to(torch.bfloat16).contiguous() for key, value in sorted(connector.items())}
         save_file(half, out / "connector.safetensors", {"format": "pt"})
         adapter = get_peft_model_state_dict(self.peft, save_embedding_layers=False)
@@ -139,7 +149,7 @@ def main() -> None:
     media_id = media_token(trainee.model)
     wanted = options.steps * options.batch
     items = load_items(options.expert, "train", seed=options.seed)[:wanted]
-    held = load_items(options.expert, "validation", options.validation_items if options.expert == "image" else None)
+    held = load_items(options.expert, "validation")[: options.validation_items]
     train = Features(trainee.model, trainee.processor, items, media_id)
     validation = Features(trainee.model, trainee.processor, held, media_id)
     prefix = torch.tensor(shared_prefix(train[0][0], min(added_ids(options.expert, trainee.processor))))

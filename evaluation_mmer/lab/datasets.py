@@ -1,22 +1,42 @@
-"""Questions about pictures and sounds: `load_items("image" | "audio", split)` gives LabItems in a seeded order.
+"""The experts' questions: `load_items("image" | "audio" | "digits" | "video" | "point_cloud", split)` gives LabItems.
 
-A LabItem is the media (a PIL picture, or float32 samples at 16 kHz), the question and the one right answer. The splits
-are train, validation and test; the test split holds 10,000 pictures, and 32 words by voices never heard in training.
+A LabItem is the media (a PIL picture, float32 samples at 16 kHz, frames (8, 56, 56, 3) uint8, or points (N, 3)), the
+question and the one right answer. They come in the order that a seed gives; the splits are train, validation and test.
 `score` says whether an answer is right.
 """
 
 import os
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 
-from . import fashion, speech
+from . import clips, digits, fashion, furniture, speech
 from .cache import Progress, say
 
-QUESTIONS = {"image": "What clothing item is shown?", "audio": "What word is spoken?"}
-ANSWERS = {"image": fashion.CLASSES, "audio": speech.WORDS}
+QUESTIONS = {
+    "image": "What clothing item is shown?",
+    "audio": "What word is spoken?",
+    "digits": "What digit is shown?",
+    "video": "How does it move?",
+    "point_cloud": "What object is this?",
+}
+ANSWERS = {
+    "image": fashion.CLASSES,
+    "audio": speech.WORDS,
+    "digits": digits.CLASSES,
+    "video": clips.MOVEMENTS,
+    "point_cloud": furniture.CLASSES,
+}
+SOURCES: dict[str, Callable[..., Sequence[tuple[Any, str]]]] = {
+    "image": fashion.pictures,
+    "audio": speech.clips,
+    "digits": digits.pictures,
+    "video": clips.clips,
+    "point_cloud": furniture.clouds,
+}
 SPLITS = ("train", "validation", "test")
 
 
@@ -38,8 +58,7 @@ def load_items(
     """The first `n` (or all) items of the split in the order that `seed` gives."""
     if name not in QUESTIONS or split not in SPLITS:
         raise ValueError(f"no items {name!r}, {split!r}; there are {', '.join(QUESTIONS)} with {', '.join(SPLITS)}")
-    pairs: list[tuple[Any, str]]
-    pairs = fashion.pictures(split, cache, progress) if name == "image" else speech.clips(split, cache, progress)
+    pairs = SOURCES[name](split, cache, progress)
     order = list(range(len(pairs)))
     random.Random(seed).shuffle(order)
     if n is not None and n > len(order):
@@ -49,7 +68,7 @@ def load_items(
 
 
 def as_media(name: str, media: Any) -> Any:
-    return Image.fromarray(media).convert("RGB") if name == "image" else media
+    return Image.fromarray(media).convert("RGB") if name in ("image", "digits") else media
 
 
 def normalise(text: str) -> str:

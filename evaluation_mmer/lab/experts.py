@@ -20,13 +20,16 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoProcessor
 
+from processing_mmer.media_mmer import ARGUMENTS
+
 from . import dinov2, smollm2, whisper
 from .cache import LabError, Progress, lab_root, publish, say
 from .datasets import ANSWERS, QUESTIONS, LabItem
-from .towers import LAYOUTS, write_tower
+from .layouts import LAYOUTS
+from .towers import write_tower
 
 STORED = Path(__file__).parent
-ENCODERS = {"image": dinov2.build, "audio": whisper.build}
+ENCODERS = {"image": dinov2.build, "digits": dinov2.build, "video": dinov2.build, "audio": whisper.build}
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -50,7 +53,8 @@ def build_base(cache: str | os.PathLike[str] | None = None, progress: Progress =
 
 
 def build_encoder(name: str, cache: str | os.PathLike[str] | None = None, progress: Progress = say) -> Path:
-    return ENCODERS[known(name)](cache, progress)
+    """The folder of an expert's encoder. The point clouds' lies in this package, the others are fetched."""
+    return ENCODERS[name](cache, progress) if known(name) in ENCODERS else STORED / name
 
 
 def build_expert(
@@ -75,7 +79,8 @@ def build_expert(
     digest = hashlib.sha256(b"".join(part.read_bytes() for part in parts.values())).hexdigest()
     folder = publish(lab_root(cache) / "experts" / f"{name}-{digest[:8]}", write)
     facts = json.loads((data / "expert.json").read_text()) if (data / "expert.json").is_file() else {}
-    return LabExpert(name, name, base, folder / "tower", folder / "lora", QUESTIONS[name], ANSWERS[name], facts)
+    modality = LAYOUTS[name].media_type
+    return LabExpert(name, modality, base, folder / "tower", folder / "lora", QUESTIONS[name], ANSWERS[name], facts)
 
 
 def load_expert(
@@ -104,14 +109,19 @@ def conversation(modality: str, question: str) -> list[dict[str, Any]]:
 
 def processor_inputs(processor: Any, items: Sequence[LabItem]) -> dict[str, torch.Tensor]:
     """Left-padded model inputs of a batch of items of one modality, by the expert's own processor and template."""
-    modality = "audio" if hasattr(processor, "feature_extractor") else "image"
+    modality = modality_of(processor)
     chats = [conversation(modality, item.question) for item in items]
     texts = [processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
-    media = [item.media for item in items]
-    if modality == "image":
-        return dict(processor(text=texts, images=media, padding=True, return_tensors="pt"))
-    rate = processor.feature_extractor.sampling_rate  # which also cuts what is longer than its second
-    return dict(processor(text=texts, audio=media, sampling_rate=rate, padding=True, return_tensors="pt"))
+    media: dict[str, Any] = {ARGUMENTS[modality]: [item.media for item in items]}
+    if modality == "audio":  # the extractor also cuts what is longer than its second
+        media["sampling_rate"] = processor.feature_extractor.sampling_rate
+    return dict(processor(text=texts, **media, padding=True, return_tensors="pt"))
+
+
+def modality_of(processor: Any) -> str:
+    """What the processor of a lab expert takes."""
+    parts = {"point_cloud_processor": "point_cloud", "video_processor": "video", "feature_extractor": "audio"}
+    return next((modality for part, modality in parts.items() if hasattr(processor, part)), "image")
 
 
 def answer(model: Any, processor: Any, items: Sequence[LabItem], batch_size: int = 16) -> list[str]:

