@@ -1,6 +1,6 @@
 """Trains the point clouds' encoder: in go the furniture's train clouds, out comes a folder with encoder.* files.
 
-    python benchmarks/lab/point_encoder.py --steps 3000 --out evaluation_mmer/lab/point_cloud
+    python benchmarks/lab/point_encoder.py --steps 1200 --out evaluation_mmer/lab/point_cloud
 
 No package brings a pretrained encoder for points, so a small Point-BERT learns to name the classes from scratch, with
 a linear head that is thrown away. The best checkpoint on the validation split is kept, in bf16: encoder.safetensors,
@@ -65,8 +65,8 @@ class Classifier(nn.Module):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -90,7 +90,7 @@ def main() -> None:
         optimiser.zero_grad()
         schedule.step()
         losses.append(loss.item())
-        if step % 200 == 0 or step == options.steps:
+        if step % 100 == 0 or step == options.steps:
             model.eval()
             with torch.no_grad():
                 hits = model(held).argmax(-1) == wanted

@@ -39,7 +39,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--minutes", type=float, default=math.inf, help="end earlier, the learning rate decayed by then"
     )
-    parser.add_argument("--start-from", type=Path, help="folder of an earlier run, to go on from its best checkpoint")
+    parser.add_argument(
+        "--start-from", type=Path, help="folder of an earlier run or a stored expert: what fits of it is gone on from"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
@@ -58,7 +60,10 @@ class Trainee:
         base, encoder = build_base(), build_encoder(name)
         connector = new_connector(name, base, encoder, options.seed)
         if start:
-            connector = {key: value.float() for key, value in load_file(start / "connector.safetensors").items()}
+            earlier = load_file(start / "connector.safetensors")
+            fitting = {k: v.float() for k, v in earlier.items() if k in connector and v.shape == connector[k].shape}
+            print(f"from {start}: {sorted(fitting)}; new: {sorted(set(connector) - set(fitting))}", flush=True)
+            connector |= fitting
         self.precision: torch.dtype = getattr(torch, options.precision)
         with tempfile.TemporaryDirectory() as tower:
             write_tower(name, base, encoder, connector, Path(tower))
