@@ -13,6 +13,8 @@ from transformers.configuration_utils import SubConfigSpec
 
 from .routes_mmer import MODALITIES
 
+CONNECTORS = ("mlp", "qformer")
+
 
 class ComposedConfig(PreTrainedConfig):
     r"""
@@ -21,7 +23,8 @@ class ComposedConfig(PreTrainedConfig):
         encoders: modality -> {"kind": str, …}, the settings of the encoder; the kinds are those of `ENCODERS` in
             composed_mmer.py.
         connectors: modality -> {"widths": [in, …, out]}: linear layers with GELU between them, from the encoder's
-            width to the language model's.
+            width to the language model's; or {"kind": "qformer", "widths": [in, out], …}: a Q-Former, whose settings
+            are those of `DEFAULTS` in qformer_mmer.py.
         soft_tokens: modality -> {"prefix": int, "suffix": int}: learnt tokens before and after an item's features
             (ModelCompose has 5 and 5).
         image_token_id, video_token_id, audio_token_id, point_cloud_token_id: the id at which features stand.
@@ -59,7 +62,14 @@ class ComposedConfig(PreTrainedConfig):
         for modality, settings in self.encoders.items():
             if "kind" not in settings:
                 raise ValueError(f"encoders.{modality}: no kind, found {sorted(settings)}")
-            widths = self.connectors[modality].get("widths", [])
+            kind, widths = self.connectors[modality].get("kind", "mlp"), self.connectors[modality].get("widths", [])
+            if kind not in CONNECTORS:
+                raise ValueError(f"connectors.{modality}.kind: found {kind!r}, expected one of {list(CONNECTORS)}")
+            if kind == "qformer" and len(widths) != 2:
+                raise ValueError(
+                    f"connectors.{modality}.widths: found {widths}, expected two numbers for a Q-Former, the "
+                    "encoder's width and the language model's"
+                )
             if len(widths) < 2 or widths[-1] != self.text_config.hidden_size:
                 raise ValueError(
                     f"connectors.{modality}.widths: found {widths}, expected at least two numbers, the last one "

@@ -17,8 +17,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOu
 
 from configuration_mmer.composed_config_mmer import ComposedConfig
 
+from .beats_mmer import Beats, GatedAttention, PositionConv
 from .cache_mmer import CACHE, one_cache
+from .language_bind_mmer import LanguageBindVideo
 from .point_bert_mmer import PointBert
+from .qformer_mmer import QFormer
 
 # what the encoders take, by modality, in the words of transformers' processors
 MEDIA_ARGUMENTS = {
@@ -49,7 +52,12 @@ class ClipVision(nn.Module):
         return hidden if self.class_token else hidden[:, 1:]
 
 
-ENCODERS: dict[str, Any] = {"clip_vision": ClipVision, "point_bert": PointBert}
+ENCODERS: dict[str, Any] = {
+    "beats": Beats,
+    "clip_vision": ClipVision,
+    "language_bind_video": LanguageBindVideo,
+    "point_bert": PointBert,
+}
 
 
 class SoftTokens(nn.Module):
@@ -64,8 +72,13 @@ class SoftTokens(nn.Module):
         return torch.cat([self.prefix.expand(items, -1, -1), features, self.suffix.expand(items, -1, -1)], 1)
 
 
-def connector(widths: list[int]) -> nn.Sequential:
-    """Linear layers from width to width with GELU between them, numbered 0, 2, 4 as in LLaVA and PointLLM."""
+def connector(settings: dict[str, Any]) -> nn.Module:
+    """Linear layers from width to width with GELU between them, numbered 0, 2, 4 as in LLaVA and PointLLM; a Q-Former
+    where the kind says so.
+    """
+    if settings.get("kind", "mlp") == "qformer":
+        return QFormer(settings)
+    widths = settings["widths"]
     layers: list[nn.Module] = []
     for width, following in zip(widths, widths[1:]):
         layers += [nn.Linear(width, following), nn.GELU()]
@@ -95,6 +108,8 @@ class ComposedPreTrainedModel(PreTrainedModel):
         elif isinstance(module, PointBert):
             init.zeros_(module.cls_token)
             init.normal_(module.cls_pos, std=0.02)
+        elif isinstance(module, (PositionConv, GatedAttention, QFormer)):
+            module.initialise()
 
 
 class ComposedModel(ComposedPreTrainedModel):
@@ -112,7 +127,7 @@ class ComposedModel(ComposedPreTrainedModel):
                 raise ValueError(
                     f"connectors.{modality}.widths: starts at {own['widths'][0]}, its encoder has {width}"
                 )
-        self.connectors = nn.ModuleDict({m: connector(own["widths"]) for m, own in config.connectors.items()})
+        self.connectors = nn.ModuleDict({m: connector(own) for m, own in config.connectors.items()})
         hidden = config.text_config.hidden_size
         self.soft_tokens = nn.ModuleDict(
             {m: SoftTokens(own["prefix"], own["suffix"], hidden) for m, own in config.soft_tokens.items()}
@@ -124,8 +139,20 @@ class ComposedModel(ComposedPreTrainedModel):
         """pooler_output (items, tokens, hidden), last_hidden_state what the encoder gave."""
         if modality not in self.encoders:
             raise ValueError(f"this expert takes {list(self.encoders)}, found {modality}")
-        encoded = self.encoders[modality](**inputs)
-        features = self.connectors[modality](encoded)
+        encoder: Any = self.encoders[modality]
+        joined = self.connectors[modality]
+        encoded = encoder(**inputs)
+        frames = inputs.get("feature_attention_mask")
+        heard = None if frames is None else encoder.token_mask(frames)  # (items, tokens)
+        if isinstance(joined, QFormer):
+            features = joined(encoded, heard)
+        elif heard is None or heard.all():
+            features = joined(encoded)
+        else:
+            raise ValueError(
+                f"{modality}: the batch holds padding, and this connector makes a feature of each token, padding too; "
+                "give media of one length, or one at a time"
+            )
         if modality in self.soft_tokens:
             features = self.soft_tokens[modality](features)
         return BaseModelOutputWithPooling(last_hidden_state=encoded, pooler_output=features)

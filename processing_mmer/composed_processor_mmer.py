@@ -5,6 +5,7 @@ placeholder has become as many as its medium has features (and what is written a
 `Composed` classes take. Invariant: the number of placeholders is the number of features, whatever the medium.
 """
 
+import os
 from typing import Any
 
 from transformers import BatchFeature
@@ -12,9 +13,11 @@ from transformers.processing_utils import ProcessorMixin
 
 from configuration_mmer.routes_mmer import MODALITIES
 
+from .fbank_mmer import FbankFeatureExtractor  # noqa: F401  (its class is found by name)
 from .media_mmer import ARGUMENTS
 from .point_clouds_mmer import PointCloudProcessor  # noqa: F401  (its class is found by name)
 from .processor_classes_mmer import class_by_name, own_class
+from .video_frames_mmer import LanguageBindVideoProcessor  # noqa: F401  (its class is found by name)
 
 _PARTS = {
     "image": "image_processor",
@@ -136,7 +139,8 @@ def _part(values: Any) -> Any:
 def _flat(modality: str, media: Any) -> list[Any]:
     """One medium, a list of them, or one list per sample -> a list."""
     ranks = {"image": 3, "video": 4, "audio": 1, "point_cloud": 2}
-    if getattr(media, "ndim", None) == ranks[modality] or hasattr(media, "convert"):
+    one = isinstance(media, (str, os.PathLike)) or hasattr(media, "convert")
+    if one or getattr(media, "ndim", None) == ranks[modality]:
         return [media]
     items: list[Any] = []
     for item in media:

@@ -117,14 +117,47 @@ def _read_sounds(own: ExpertProcessor, groups: list[list[Any]], given: dict[str,
     asked = given.pop("sampling_rate", None)
     asked = inner.pop("sampling_rate", asked)
     inner["sampling_rate"] = own.sampling_rate
-    return [[read_audio(item, own.sampling_rate, asked) for item in group] for group in groups]
+    read = [[read_audio(item, own.sampling_rate, asked) for item in group] for group in groups]
+    if not inner.get("truncation") and "max_length" not in inner:
+        for sources, waves in zip(groups, read):
+            for source, wave in zip(sources, waves):
+                _check_length(own, source, wave, {**given, "audio_kwargs": inner})
+    return read
+
+
+def _check_length(own: ExpertProcessor, source: Any, wave: np.ndarray, settings: dict[str, Any]):
+    """Raises ValueError for a sound of which the expert's processor would leave the end out.
+
+    Many feature extractors cut at a length of their own and say nothing. Whether one does is seen from what it makes:
+    of those with such a length, some cut only when asked to, others give a long sound more features.
+    """
+    limit = own.audio_limit
+    # less than one step of the extractor makes no feature of its own
+    if limit is None or len(wave) - limit < getattr(own.feature_extractor, "hop_length", 1):
+        return
+    whole, start = (own.encode("audio", [[part]], True, settings)[0] for part in (wave, wave[:limit]))
+    if set(whole) == set(start) and all(_equal(whole[name], start[name]) for name in whole):
+        name = str(source) if isinstance(source, (str, os.PathLike)) else "audio array"
+        raise ValueError(
+            f"{name}: found {len(wave) / own.sampling_rate:.2f} seconds, but expert {own.name!r} hears "
+            f"{limit / own.sampling_rate:.2f} and would leave the rest out: cut the sound into pieces of that length, "
+            'or pass audio_kwargs={"truncation": True} to have only its start heard'
+        )
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else np.array_equal(one, other)
 
 
 def _read_videos(own: ExpertProcessor, groups: list[list[Any]], given: dict[str, Any], inner: dict[str, Any]):
-    """Frames. `num_frames` or `fps` are ours to honour; a file falls back on what the expert's own processor says."""
+    """Frames. `num_frames` or `fps` are ours to honour; a file falls back on what the expert's own processor says.
+
+    Whether the last frame is among them is the expert's (see `uniform_frames`).
+    """
     count, fps = (inner.pop(name, given.pop(name, None)) for name in ("num_frames", "fps"))
     own_video = getattr(own.processor, "video_processor", None)
     defaults = {name: getattr(own_video, name, None) for name in ("num_frames", "fps")}
+    include_last = getattr(own_video, "include_last", False)
     metadata, sampled, read = [], False, []
     for group in groups:
         frames_of_group = []
@@ -135,7 +168,7 @@ def _read_videos(own: ExpertProcessor, groups: list[list[Any]], given: dict[str,
                 if is_file and count is None and fps is None
                 else (count, fps)
             )
-            frames, known = read_video(item, *wanted)
+            frames, known = read_video(item, *wanted, include_last)
             sampled = sampled or is_file or count is not None
             metadata.append(known)
             frames_of_group.append(frames)

@@ -144,6 +144,17 @@ class ExpertProcessor:
     def sampling_rate(self) -> int:
         return getattr(self.feature_extractor, "sampling_rate", 16_000)
 
+    @property
+    def audio_limit(self) -> int | None:
+        """The samples at which this processor may cut a sound; None where it names no such length."""
+        own, seconds = self.feature_extractor, getattr(self.processor, "max_audio_len", None)
+        if seconds is not None:  # of a processor that takes a sound in pieces as long as its extractor's
+            piece = getattr(own, "chunk_length", 1)
+            return int(seconds // piece * piece * self.sampling_rate)
+        longest = inspect.signature(own).parameters.get("max_length") if callable(own) else None
+        samples = getattr(own, "n_samples", longest and longest.default)
+        return samples if isinstance(samples, int) else None
+
     def encode(
         self, modality: str, groups: list[list[Any]], nested: bool, settings: dict[str, Any]
     ) -> tuple[dict[str, Any], list[str]]:
@@ -183,7 +194,8 @@ class ExpertProcessor:
         if any(token not in stand_in for stand_in in stand_ins):
             raise ValueError(
                 f"expert {self.name!r}: {type(self.processor).__name__} puts {modality} features at other tokens than "
-                f"{token!r}, which is not supported; merge the expert without {modality}"
+                f"{token!r}, which is not supported: merge the expert without {modality}; or the medium is too short "
+                "to make one feature: give a longer one"
             )
         if len(stand_ins) != len(items):
             raise ValueError(

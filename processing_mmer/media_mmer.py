@@ -189,23 +189,33 @@ def resample_by_spectrum(wave: np.ndarray, rate: int, wanted: int) -> np.ndarray
     return resampled[start : start - (-len(wave) * wanted // rate)].astype(np.float32)
 
 
-def uniform_frames(total: int, count: int) -> np.ndarray:
-    """Frame i of `count` is ⌊i·total/count⌋, as transformers samples; with too few frames some come more than once."""
+def uniform_frames(total: int, count: int, include_last: bool = False) -> np.ndarray:
+    """Frame i of `count` is ⌊i·total/count⌋, as transformers samples; with too few frames some come more than once.
+
+    With `include_last` it is ⌊i·(total−1)/(count−1)⌋, as Video-LLaVA samples: the first and the last are among them.
+    """
     if total < 1 or count < 1:
         raise ValueError(f"cannot take {count} frames of {total}: both must be 1 or more")
+    if include_last:
+        return np.arange(count) * (total - 1) // max(count - 1, 1)
     return np.arange(count) * total // count
 
 
-def read_video(source: Any, count: int | None = None, fps: float | None = None) -> tuple[Any, VideoMetadata | None]:
+def read_video(
+    source: Any, count: int | None = None, fps: float | None = None, include_last: bool = False
+) -> tuple[Any, VideoMetadata | None]:
     """(frames, metadata): `count` frames at equal steps, or `fps` frames per second of film, uint8 (T, H, W, 3).
 
     A file gives 8 frames when neither is asked for. Frames and arrays come as they are unless `count` is asked for.
+    `include_last`: see `uniform_frames`.
     """
     if isinstance(source, str) and source.startswith(_REMOTE):
         fetch: Any = load_video
-        return fetch(source, backend="pyav", sample_indices_fn=lambda metadata, **_: _wanted(metadata, count, fps))
+        return fetch(
+            source, backend="pyav", sample_indices_fn=lambda metadata, **_: _wanted(metadata, count, fps, include_last)
+        )
     if isinstance(source, (str, os.PathLike)):
-        return _read_video_file(_local("video", source), count, fps)
+        return _read_video_file(_local("video", source), count, fps, include_last)
     if isinstance(source, (list, tuple)):
         frames = [np.asarray(_colour(read_image(frame))) for frame in source]
         if len({frame.shape for frame in frames}) != 1:
@@ -215,23 +225,25 @@ def read_video(source: Any, count: int | None = None, fps: float | None = None) 
         source = np.stack(frames)
     if fps is not None:
         raise ValueError("fps: only a video file says how long it lasts; for frames ask for num_frames")
-    return (source if count is None else source[uniform_frames(len(source), count)]), None
+    return (source if count is None else source[uniform_frames(len(source), count, include_last)]), None
 
 
 def _colour(frame: Any) -> Any:
     return frame.convert("RGB") if hasattr(frame, "convert") else frame
 
 
-def _wanted(metadata: VideoMetadata, count: int | None, fps: float | None) -> np.ndarray:
+def _wanted(metadata: VideoMetadata, count: int | None, fps: float | None, include_last: bool) -> np.ndarray:
     total = int(metadata.total_num_frames)
     if count is None and fps is not None:
         if not metadata.fps:
             raise ValueError("fps: the video does not say its own frame rate; ask for num_frames")
         count = max(1, int(total / metadata.fps * fps))
-    return uniform_frames(total, count or DEFAULT_FRAMES)
+    return uniform_frames(total, count or DEFAULT_FRAMES, include_last)
 
 
-def _read_video_file(path: Path, count: int | None, fps: float | None) -> tuple[np.ndarray, VideoMetadata]:
+def _read_video_file(
+    path: Path, count: int | None, fps: float | None, include_last: bool
+) -> tuple[np.ndarray, VideoMetadata]:
     try:
         import av
     except ImportError as error:
@@ -250,7 +262,7 @@ def _read_video_file(path: Path, count: int | None, fps: float | None) -> tuple[
                 width=stream.width,
                 video_backend="pyav",
             )
-        places = _wanted(metadata, count, fps)
+        places = _wanted(metadata, count, fps, include_last)
         kept: dict[int, np.ndarray] = {}
         with av.open(str(path)) as container:
             wanted = set(places.tolist())

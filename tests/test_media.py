@@ -169,6 +169,11 @@ def test_uniform_frames_are_even_and_inside(total, count):
 def test_uniform_frames_by_hand():
     assert uniform_frames(10, 4).tolist() == [0, 2, 5, 7]
     assert uniform_frames(2, 4).tolist() == [0, 0, 1, 1]
+    # with the last one: as np.linspace(0, total - 1, count, dtype=int)
+    assert uniform_frames(10, 4, include_last=True).tolist() == [0, 3, 6, 9]
+    assert uniform_frames(20, 8, include_last=True).tolist() == [0, 2, 5, 8, 10, 13, 16, 19]
+    assert uniform_frames(2, 4, include_last=True).tolist() == [0, 0, 0, 1]
+    assert uniform_frames(7, 1, include_last=True).tolist() == [0]
 
 
 @pytest.mark.parametrize(
