@@ -49,10 +49,14 @@ def fetch(source: str) -> Path:
 
 
 class Checkpoint:
-    """The tensors of a folder, under the names they were saved with. `files` are the weight files, in order."""
+    """The tensors of a folder, under the names they were saved with. `files` are the weight files, in order.
 
-    def __init__(self, folder: Path, wanted: tuple[str, ...] = MODEL_FILES):
+    The state dict of a pickle may lie at one of the keys `inside`; what lies beside it is then in `beside`.
+    """
+
+    def __init__(self, folder: Path, wanted: tuple[str, ...] = MODEL_FILES, inside: tuple[str, ...] = ()):
         self.folder = folder
+        self.beside: dict[str, Any] = {}
         found = [name for name in wanted if (folder / name).is_file()]
         if not found:
             there = sorted(path.name for path in folder.iterdir())[:12]
@@ -68,7 +72,7 @@ class Checkpoint:
                 )
         else:
             self.files = [folder / found[0]]
-        self._opened = {path: _open(path) for path in self.files}
+        self._opened = {path: _open(path, inside, self.beside) for path in self.files}
         self._places: dict[str, Path] = {}
         for path, opened in self._opened.items():
             for key in opened.keys():
@@ -124,7 +128,7 @@ def _read_index(path: Path) -> dict[str, str]:
     return named
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path, inside: tuple[str, ...], beside: dict[str, Any]) -> Any:
     if path.suffix == ".safetensors":
         try:
             return safe_open(path, framework="pt")
@@ -136,6 +140,10 @@ def _open(path: Path) -> Any:
         raise ValueError(
             f"{path}: truncated, or no plain state dict of tensors ({error}). Download it again"
         ) from error
+    place = next((key for key in inside if isinstance(loaded, dict) and isinstance(loaded.get(key), dict)), None)
+    if place is not None:
+        beside.update({key: value for key, value in loaded.items() if key != place})
+        loaded = loaded[place]
     strangers = [str(key) for key, value in loaded.items() if not isinstance(value, torch.Tensor)]
     if strangers:
         raise ValueError(f"{path}: expected a flat state dict of tensors, found other things at {strangers[:5]}")

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedCon
 from .checkpoints import Checkpoint
 from .experts import LARGEST_DISTANCE, SAME_FIELDS, Base, Distance, Expert, open_expert, sampled_matrices
 from .folder_checks import PREFIX, MergedFolder, stored_name
+from .layouts import find_layout
 from .naming import HEAD, NamedCheckpoint, class_on_meta, listing, split_names
 from .recipe import ExpertRecipe
 from .task_vectors import task_vector, vocabulary_task_vector
@@ -53,14 +54,22 @@ class _Side:
 
 
 def compare(
-    folder: Path, kind: str, base: Base, tower: str | None = None, every: bool = False, trust_remote_code: bool = False
+    folder: Path,
+    kind: str,
+    base: Base,
+    tower: str | None = None,
+    every: bool = False,
+    trust_remote_code: bool = False,
+    encoder: str | dict[str, str] | None = None,
+    lora_key: str | None = None,
 ) -> Fit:
     """Compare what lies in `folder` (of the `kind` that inspect found) with `base`."""
     fit = Fit(base.source)
     tokens = len(AutoTokenizer.from_pretrained(base.folder, trust_remote_code=trust_remote_code))
     side: _Side | None = None
+    foreign = kind == "multimodal checkpoint" and find_layout(folder) is not None
     try:
-        side = _SIDES[kind](folder, trust_remote_code) if kind in _SIDES else None
+        side = _SIDES[kind](folder, trust_remote_code) if kind in _SIDES and not foreign else None
     except (ValueError, OSError, KeyError) as error:
         fit.reasons.append(str(error))
     if side is not None:
@@ -69,11 +78,13 @@ def compare(
     expert = None
     if kind in ("multimodal checkpoint", "adapter") and not fit.reasons:
         try:
-            recipe = ExpertRecipe(model=str(folder), tower=tower if kind == "adapter" else None)
+            asked = {"model": str(folder), "encoder": encoder, "lora_key": lora_key}
+            recipe = ExpertRecipe.model_validate({**asked, "tower": tower if kind == "adapter" else None})
             expert = open_expert(_NAME, recipe, base, trust_remote_code)
         except (ValueError, OSError, KeyError) as error:
             fit.reasons.append(_anonymous(error))
-    fit.reasons += _differing_vocabulary(folder, kind, base, expert, trust_remote_code)
+    if expert is not None or not foreign:
+        fit.reasons += _differing_vocabulary(folder, kind, base, expert, trust_remote_code)
     if expert is not None:
         side = _Side(expert.config.get_text_config(), base.shapes, expert.task_vector)
     if side is not None:
@@ -88,6 +99,7 @@ def _anonymous(error: Exception) -> str:
         str(error)
         .replace(f"expert {_NAME!r} ", "")
         .replace(f"expert {_NAME!r}: ", "")
+        .replace(f"experts.{_NAME}.", "")
         .replace(f"expert {_NAME!r}", "it")
     )
 
@@ -182,9 +194,11 @@ def _differing_vocabulary(
     ours = AutoTokenizer.from_pretrained(base.folder, trust_remote_code=trust_remote_code)
     try:
         if kind == "multimodal checkpoint" or expert is not None:
-            place = folder if expert is None else expert.processor_folder
-            processor = AutoProcessor.from_pretrained(place, trust_remote_code=trust_remote_code)
-            config = AutoConfig.from_pretrained(place) if expert is None else expert.config
+            if expert is None:
+                config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+                processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            else:
+                config, processor = expert.config, expert.load_processor(trust_remote_code)
             merge_vocabulary(ours, {_NAME: processor}, {_NAME: config})
             return []
         if kind == "adapter":

@@ -11,10 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, ProcessorMixin
+
+from configuration_mmer.composed_config_mmer import ComposedConfig
 
 from .checkpoints import MODEL_FILES, Checkpoint, fetch
-from .lora import LoraAdapter, is_adapter, read_adapter_config
+from .fitness import check_fitness
+from .layout_parts import TRAINED_FILE
+from .layouts import Order, Reading, read_layout
+from .lora import CONFIG_FILE, LoraAdapter, adapters_inside, fetch_adapter, is_adapter, read_adapter_config
 from .naming import HEAD, NamedCheckpoint, class_on_meta, delta_module_names, listing, split_names
 from .recipe import ExpertRecipe
 from .task_vectors import task_vector, vocabulary_task_vector
@@ -25,7 +30,8 @@ SAME_FIELDS = (
     "num_key_value_heads", "head_dim", "hidden_act", "hidden_activation", "rms_norm_eps", "layer_norm_eps",
     "rope_parameters", "attention_bias", "mlp_bias", "layer_types", "num_experts", "num_local_experts",
     "num_experts_per_tok", "attn_logit_softcapping", "final_logit_softcapping", "logit_scale",
-    "residual_multiplier", "embedding_multiplier",
+    "residual_multiplier", "embedding_multiplier", "attention_multiplier", "logits_scaling", "query_pre_attn_scalar",
+    "use_qk_norm",
 )  # fmt: skip
 
 # ‖θᵢ-θ₀‖ / ‖θ₀‖ over the matrices. Fine-tunes lie far below (LoRA and full tuning: 0.004 to 0.2), unrelated models
@@ -113,7 +119,10 @@ class Base:
 
 @dataclass
 class Expert:
-    """One expert: its tensors under the base's names, its tower under the names of its own `AutoModel`."""
+    """One expert: its tensors under the base's names, its tower under the names of its own `AutoModel`.
+
+    reading: what its layout made of it, where it is no transformers checkpoint.
+    """
 
     name: str
     config: PreTrainedConfig
@@ -125,6 +134,7 @@ class Expert:
     adapter: LoraAdapter | None = None
     adapter_folder: Path | None = None
     has_llm: bool = True
+    reading: Reading | None = None
     processor_folder: Path = field(init=False)
 
     def __post_init__(self):
@@ -184,19 +194,32 @@ class Expert:
         delta = self.adapter.delta(full)
         return replaced if delta is None else (replaced.float() + delta).to(tensor.dtype)
 
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of how it was read."""
+        return [] if self.reading is None else [f"expert {self.name!r} {note}" for note in self.reading.notes]
+
+    def load_processor(self, trust_remote_code: bool = False) -> ProcessorMixin:
+        if self.reading is not None:
+            return self.reading.make_processor()
+        return AutoProcessor.from_pretrained(self.processor_folder, trust_remote_code=trust_remote_code)
+
     def files(self) -> list[Path]:
-        adapter = (
-            self.adapter.checkpoint.files + [self.adapter_folder / "adapter_config.json"]
-            if self.adapter and self.adapter_folder
-            else []
-        )
-        return [*self.weights.checkpoint.files, self.tower_folder / "config.json", *adapter]
+        """Every file that was read of it, weights first."""
+        read = [self.tower_folder / "config.json"] if self.reading is None else self.reading.inputs
+        adapter = [] if self.adapter is None else self.adapter.checkpoint.files
+        config = [] if self.adapter_folder is None else [self.adapter_folder / CONFIG_FILE]
+        return list(dict.fromkeys([*self.weights.checkpoint.files, *read, *adapter, *config]))
 
 
 def open_expert(name: str, recipe: ExpertRecipe, base: Base, trust_remote_code: bool = False) -> Expert:
     """An expert that fits `base`. Raises ValueError that names the field, tensor or distance that does not fit."""
     tower_folder, adapter_folder = _folders(name, recipe)
-    config = AutoConfig.from_pretrained(tower_folder, trust_remote_code=trust_remote_code)
+    reading = read_layout(tower_folder, Order(f"experts.{name}", recipe, base.folder, trust_remote_code))
+    if reading is None:
+        config = AutoConfig.from_pretrained(tower_folder, trust_remote_code=trust_remote_code)
+    else:
+        config = reading.config
     try:
         model = class_on_meta(config, multimodal=True, trust_remote_code=trust_remote_code)
     except ValueError as error:
@@ -204,8 +227,10 @@ def open_expert(name: str, recipe: ExpertRecipe, base: Base, trust_remote_code: 
             f"expert {name!r} ({tower_folder}): {error}. An expert is a multimodal checkpoint; a LoRA that was "
             "trained on a bare LLM needs the multimodal checkpoint it belongs to as tower:"
         ) from error
+    if not isinstance(config, ComposedConfig):
+        check_fitness(name, model, config)
     _check_architecture(name, config.get_text_config(), base.config)
-    weights = NamedCheckpoint(Checkpoint(tower_folder), model)
+    weights = NamedCheckpoint(Checkpoint(tower_folder) if reading is None else reading.weights, model)
     llm, tower = split_names(model)
     _check_names(name, llm, base, model)
     if config.get_text_config().tie_word_embeddings:
@@ -215,8 +240,10 @@ def open_expert(name: str, recipe: ExpertRecipe, base: Base, trust_remote_code: 
     lost = weights.missing if has_llm else weights.missing - set(llm.values())
     if lost:
         raise ValueError(f"expert {name!r} ({tower_folder}): {len(lost)} tensors are missing: {listing(lost)}")
-    expert = Expert(name, config, weights, llm, tower, base, tower_folder, has_llm=has_llm)
-    if adapter_folder is not None:
+    expert = Expert(name, config, weights, llm, tower, base, tower_folder, has_llm=has_llm, reading=reading)
+    if reading is not None and reading.lora is not None:
+        expert.adapter = LoraAdapter(tower_folder, lambda path: _resolve(path, expert), *reading.lora)
+    elif adapter_folder is not None:
         expert.adapter_folder = adapter_folder
         expert.adapter = LoraAdapter(adapter_folder, lambda path: _resolve(path, expert))
         expert.__post_init__()
@@ -227,15 +254,25 @@ def open_expert(name: str, recipe: ExpertRecipe, base: Base, trust_remote_code: 
 
 def _folders(name: str, recipe: ExpertRecipe) -> tuple[Path, Path | None]:
     """(folder of the multimodal checkpoint, folder of the adapter or None)."""
-    folder = fetch(recipe.lora or recipe.model or "")
-    bare = is_adapter(folder) and not any((folder / file).is_file() for file in MODEL_FILES)
-    if not bare:
+    folder = fetch(recipe.model or "") if recipe.lora is None else fetch_adapter(recipe.lora)
+    whole = any((folder / file).is_file() for file in MODEL_FILES)
+    if not is_adapter(folder) and (recipe.lora is not None or not (whole or (folder / "config.json").is_file())):
+        if inside := adapters_inside(folder):
+            raise ValueError(
+                f"experts.{name}: {folder} holds several adapters, {inside}: name one, as "
+                f"lora: {recipe.lora or recipe.model}/{inside[0]}"
+            )
         if recipe.lora is not None:
             raise ValueError(f"experts.{name}.lora: {folder} holds no adapter_config.json, so it is no PEFT adapter")
+    if recipe.lora is None and (whole or not is_adapter(folder)):
         if recipe.tower is not None:
             raise ValueError(f"experts.{name}.tower: {folder} is a whole checkpoint and brings its own tower")
-        return folder, None
-    source = recipe.tower or read_adapter_config(folder).get("base_model_name_or_path")
+        # an adapter beside the weights (Granite Speech) is part of the model, for transformers as well
+        return folder, folder if is_adapter(folder) else None
+    if recipe.tower is None and (folder / TRAINED_FILE).is_file():
+        return folder, folder  # original LLaVA: what was trained beside the LoRA, projector and all
+    own = str(folder) if whole and (folder / "config.json").is_file() else None
+    source = recipe.tower or own or read_adapter_config(folder).get("base_model_name_or_path")
     if not source:
         raise ValueError(
             f"experts.{name}: {folder} does not say what it was trained on; give the checkpoint as tower:"

@@ -8,103 +8,22 @@ every tensor is asked for; what does not fit is listed whole, not just its first
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedConfig
 
 from .checkpoints import ADAPTER_FILES, MODEL_FILES, Checkpoint, fetch
-from .comparison import Fit, compare
+from .comparison import compare
 from .experts import Base
+from .findings import LLM, MERGED_PARTS, ORDER, UNKNOWN, VOCABULARY, Group, Inspection, Words
 from .folder_checks import REPORT, MergedFolder
+from .layout_parts import Layout, Order, Seen
+from .layouts import find_layout
 from .lora import CONFIG_FILE, LoraAdapter, is_adapter
 from .naming import HEAD, NamedCheckpoint, class_on_meta, split_names
+from .recipe import ExpertRecipe
 from .vocabulary import find_placeholders
-
-LLM, VOCABULARY, UNKNOWN = "language model", "vocabulary", "unknown"
-_MERGED_PARTS = {
-    "delta": "merged vector",
-    "masks": "masks",
-    "scales": "scales",
-    "correction_a": "corrections",
-    "correction_b": "corrections",
-}
-_ORDER = (
-    LLM,
-    VOCABULARY,
-    "base",
-    *dict.fromkeys(_MERGED_PARTS.values()),
-    "norms and biases of experts",
-    "added tokens",
-)
-
-
-@dataclass
-class Group:
-    """Tensors that belong together: "language model", "vocabulary", "tower: vision_tower", "unknown", …"""
-
-    name: str
-    tensors: int = 0
-    parameters: int = 0
-    bytes: int = 0
-    dtypes: dict[str, int] = field(default_factory=dict)
-
-    def add(self, shape: tuple[int, ...], dtype: torch.dtype):
-        numbers, kind = torch.Size(shape).numel(), str(dtype).removeprefix("torch.")
-        self.tensors += 1
-        self.parameters += numbers
-        self.bytes += numbers * dtype.itemsize
-        self.dtypes[kind] = self.dtypes.get(kind, 0) + 1
-
-
-@dataclass
-class Words:
-    """A vocabulary. rows: of the embedding; padding: rows behind the last token; placeholders: modality -> token, id;
-    added: tokens that stand behind the ordinary ones."""
-
-    rows: int
-    tokens: int
-    padding: int
-    added: list[str] = field(default_factory=list)
-    placeholders: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-
-@dataclass
-class Inspection:
-    """What a source is. kind: "language model", "multimodal checkpoint", "adapter", "merged" or "unknown"; `problems`
-    are reasons why it cannot be used, whatever the base; `fit` is None without a base."""
-
-    source: str
-    kind: str
-    architecture: str = ""
-    model_type: str = ""
-    groups: list[Group] = field(default_factory=list)
-    words: Words | None = None
-    unknown: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    adapter: dict[str, Any] = field(default_factory=dict)
-    merged: dict[str, Any] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    fit: Fit | None = None
-
-    @property
-    def ok(self) -> bool:
-        """It can be read whole, and fits the base where one was given."""
-        return not self.problems and (self.fit is None or self.fit.fits)
-
-    def group(self, name: str) -> Group:
-        """The group of this name, made when it is new."""
-        for group in self.groups:
-            if group.name == name:
-                return group
-        self.groups.append(Group(name))
-        return self.groups[-1]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "ok": self.ok}
 
 
 def inspect(
@@ -113,11 +32,14 @@ def inspect(
     tower: str | None = None,
     every: bool = False,
     trust_remote_code: bool = False,
+    encoder: str | dict[str, str] | None = None,
+    lora_key: str | None = None,
 ) -> Inspection:
     """Look into `source`: a folder, or a Hub id with an optional @revision.
 
     With `base` it is compared with that LLM: some matrices and every small tensor, or with `every` all tensors.
-    `tower` is the multimodal checkpoint that an adapter belongs to, where its own config does not say so. Raises
+    `tower` is the multimodal checkpoint that an adapter belongs to, where its own config does not say so; `encoder`
+    and `lora_key` are those of a recipe, for checkpoints of other code than transformers'. Raises
     ValueError when there is no such source, or the base itself cannot be opened; what is wrong with the source is in
     `problems`.
     """
@@ -130,9 +52,12 @@ def inspect(
         there = sorted(path.name for path in folder.iterdir())[:12]
         raise ValueError(f"{folder}: neither config.json nor {CONFIG_FILE} is there, found {there}")
     else:
-        found = _checkpoint(str(source), folder, trust_remote_code)
+        asked = {"model": str(folder), "encoder": encoder, "lora_key": lora_key}
+        base_folder = opened.folder if opened else None
+        order = Order("recipe", ExpertRecipe.model_validate(asked), base_folder, trust_remote_code)
+        found = _checkpoint(str(source), folder, order)
     if opened is not None:
-        found.fit = compare(folder, found.kind, opened, tower, every, trust_remote_code)
+        found.fit = compare(folder, found.kind, opened, tower, every, trust_remote_code, encoder, lora_key)
     return found
 
 
@@ -144,8 +69,16 @@ def _attempt(found: Inspection, look: Callable[[], None]):
         found.problems.append(str(error))
 
 
-def _checkpoint(source: str, folder: Path, trust_remote_code: bool) -> Inspection:
-    found = Inspection(source, UNKNOWN)
+def _checkpoint(source: str, folder: Path, order: Order) -> Inspection:
+    found, trust_remote_code = Inspection(source, UNKNOWN), order.trust_remote_code
+    try:
+        layout = None if _is_merged(folder) else find_layout(folder)
+    except ValueError as error:
+        found.problems.append(str(error))
+        _attempt(found, lambda: _raw_groups(found, Checkpoint(folder)))
+        return found
+    if layout is not None:
+        return _foreign(found, folder, layout, order)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError) as error:
@@ -175,6 +108,33 @@ def _checkpoint(source: str, folder: Path, trust_remote_code: bool) -> Inspectio
     _attempt(found, lambda: _words(found, folder, config, model, trust_remote_code))
     if is_adapter(folder):
         found.notes.append(f"{CONFIG_FILE} lies beside the weights and is not used: the checkpoint is whole")
+    return found
+
+
+def _is_merged(folder: Path) -> bool:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") == "mmer"
+
+
+def _foreign(found: Inspection, folder: Path, layout: Layout, order: Order) -> Inspection:
+    """A checkpoint of other code, as the class of today that its reader gives it."""
+    found.kind, found.architecture = "multimodal checkpoint", layout.name
+    found.model_type = str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type", ""))
+
+    def look():
+        reading = layout.read(Seen(folder), order)
+        model = class_on_meta(reading.config, True)
+        found.architecture = f"{layout.name}, as {type(model).__name__}"
+        _name_tensors(found, reading.weights, model)
+        for reason in dict.fromkeys(reading.weights.left_out.values()):
+            names = [name for name, why in reading.weights.left_out.items() if why == reason]
+            found.notes.append(f"{len(names)} tensors are left out, such as {names[0]}: {reason}")
+        found.notes += reading.notes
+        if reading.lora is not None:
+            settings, factors = reading.lora
+            found.adapter = {"rank": settings["r"], "alpha": settings["lora_alpha"], "tensors": len(factors.keys())}
+        found.words = _words_of(reading.make_processor(), found, reading.config, model)
+
+    _attempt(found, look)
     return found
 
 
@@ -219,20 +179,24 @@ def _name_tensors(found: Inspection, checkpoint: Checkpoint, model: Any):
 
 
 def _place(group: Group) -> int:
-    return _ORDER.index(group.name) if group.name in _ORDER else len(_ORDER)
+    return ORDER.index(group.name) if group.name in ORDER else len(ORDER)
 
 
 def _words(found: Inspection, folder: Path, config: PreTrainedConfig, model: Any, trust_remote_code: bool):
-    rows = model.get_input_embeddings().weight.shape[0]
     if found.kind == LLM:
+        rows = model.get_input_embeddings().weight.shape[0]
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        placeholders = {}
+        found.words = Words(rows, len(tokenizer), max(0, rows - len(tokenizer)), _added(tokenizer))
     else:
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        tokenizer = processor.tokenizer
-        entries = find_placeholders(found.source, processor, config)
-        placeholders = {modality: {"token": token, "id": own_id} for modality, (token, own_id, _) in entries.items()}
-    found.words = Words(rows, len(tokenizer), max(0, rows - len(tokenizer)), _added(tokenizer), placeholders)
+        found.words = _words_of(processor, found, config, model)
+
+
+def _words_of(processor: Any, found: Inspection, config: PreTrainedConfig, model: Any) -> Words:
+    rows, tokenizer = model.get_input_embeddings().weight.shape[0], processor.tokenizer
+    entries = find_placeholders(found.source, processor, config)
+    placeholders = {modality: {"token": token, "id": own_id} for modality, (token, own_id, _) in entries.items()}
+    return Words(rows, len(tokenizer), max(0, rows - len(tokenizer)), _added(tokenizer), placeholders)
 
 
 def _added(tokenizer: Any) -> list[str]:
@@ -266,7 +230,8 @@ def _adapter(source: str, folder: Path, trust_remote_code: bool) -> Inspection:
         _attempt(found, look)
     trained_on = found.adapter.get("trained_on")
     if trained_on and Path(trained_on).expanduser().is_dir():
-        tower = _checkpoint(trained_on, Path(trained_on).expanduser(), trust_remote_code)
+        order = Order("recipe", ExpertRecipe(model=trained_on), None, trust_remote_code)
+        tower = _checkpoint(trained_on, Path(trained_on).expanduser(), order)
         found.model_type, found.words = tower.model_type, tower.words
         found.notes.append(
             f"trained on {trained_on}, a {tower.kind} of class {tower.architecture or tower.model_type}"
@@ -367,4 +332,4 @@ def _part_of(key: str) -> str:
     leaf = key.rpartition(".")[2]
     if leaf.startswith(("expert_", "merged_")):
         return "norms and biases of experts"
-    return _MERGED_PARTS.get(leaf, "base")
+    return MERGED_PARTS.get(leaf, "base")

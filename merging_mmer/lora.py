@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .checkpoints import ADAPTER_FILES, Checkpoint
+from .checkpoints import ADAPTER_FILES, Checkpoint, fetch
 from .task_vectors import one_thread
 
 CONFIG_FILE = "adapter_config.json"
@@ -28,12 +28,22 @@ _REFUSED = {
     "use_qalora": "QA-LoRA",
     "use_bdlora": "BD-LoRA",
     "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
     "arrow_config": "Arrow routing",
     "alora_invocation_tokens": "activated LoRA",
     "layer_replication": "replicated layers",
     "target_parameters": "LoRA on bare parameters (target_parameters)",
     "fan_in_fan_out": "transposed weights (fan_in_fan_out)",
 }
+# fields that say how an adapter was trained or where it belongs, or that are read here
+_KNOWN = {
+    "task_type", "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules",
+    "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "trainable_token_indices",
+    "ensure_weight_tying", "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "velora_config", "qalora_group_size", "runtime_config", "megatron_config", "megatron_core", "lora_dtype",
+    "lorap_lr_ratio",
+}  # fmt: skip
 # initialisations that change the base's weights, so that B·A alone is not the difference to the base
 _BASE_CHANGING = ("pissa", "olora", "loftq", "corda", "lora_ga")
 _FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.[^.]+)??(\.weight)?$")
@@ -56,14 +66,48 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG_FILE).is_file()
 
 
+def adapters_inside(folder: Path) -> list[str]:
+    """The sub-folders that hold an adapter: PEFT saves all but the one named `default` so."""
+    return sorted(path.parent.relative_to(folder).as_posix() for path in folder.glob(f"*/{CONFIG_FILE}"))
+
+
+def fetch_adapter(source: str) -> Path:
+    """The folder of an adapter: a folder, or a Hub id that may go on with a sub-folder (org/name/adapter@revision).
+
+    Raises ValueError when there is none of this name.
+    """
+    repo, _, revision = source.partition("@")
+    parts = repo.split("/")
+    if Path(source).expanduser().is_dir() or source.startswith((".", "/", "~")) or len(parts) < 3:
+        return fetch(source)
+    if any(part in ("", ".", "..") for part in parts):
+        raise ValueError(f"{source!r} is no folder here, and no Hub id with a sub-folder either")
+    repo = "/".join(parts[:2])
+    try:
+        whole = fetch(f"{repo}@{revision}" if revision else repo)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{source!r} is no folder here, and as a sub-folder of a Hub repository it cannot be fetched: {error}"
+        ) from error
+    folder = whole.joinpath(*parts[2:])
+    if not is_adapter(folder):
+        raise ValueError(f"{source!r}: {repo} holds no adapter there; found adapters in {adapters_inside(whole)}")
+    return folder
+
+
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json of a plain LoRA. Raises ValueError that names the feature for every other kind."""
+    """adapter_config.json of a plain LoRA. Raises ValueError that names the method or the feature of any other."""
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{folder}: peft_type is {config.get('peft_type')!r}, only LORA adapters can be merged")
     for field, meaning in _REFUSED.items():
         if config.get(field):
             raise ValueError(f"{folder}: {meaning} is not supported ({field}). Merge the adapter into its model first")
+    if strange := sorted(field for field, value in config.items() if value and field not in _KNOWN | set(_REFUSED)):
+        raise ValueError(
+            f"{folder}: adapter_config.json sets {strange}, which are not known here and may change what its tensors "
+            "mean. Merge the adapter into its model first, or take out what only concerned training"
+        )
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(_BASE_CHANGING):
         raise ValueError(
@@ -77,12 +121,19 @@ class LoraAdapter:
     """The tensors of one adapter by the name of the tensor they change, as `resolve` gives it.
 
     `resolve` takes the name of a tensor in the model that was trained ("model.layers.0.self_attn.q_proj.weight")
-    and gives the name that the caller knows it by, or None. `changed` are all those names.
+    and gives the name that the caller knows it by, or None. `changed` are all those names. Settings and tensors that
+    do not lie in the folder as PEFT writes them are given as `config` and `checkpoint`.
     """
 
-    def __init__(self, folder: Path, resolve: Resolve):
-        self.config = read_adapter_config(folder)
-        self.checkpoint = Checkpoint(folder, ADAPTER_FILES)
+    def __init__(
+        self,
+        folder: Path,
+        resolve: Resolve,
+        config: dict[str, Any] | None = None,
+        checkpoint: Checkpoint | None = None,
+    ):
+        self.config = read_adapter_config(folder) if config is None else config
+        self.checkpoint = Checkpoint(folder, ADAPTER_FILES) if checkpoint is None else checkpoint
         self._factors: dict[str, _Factors] = {}
         self._replaced: dict[str, str] = {}
         self._rows: dict[str, tuple[list[int], str]] = {}
@@ -158,7 +209,7 @@ class LoraAdapter:
         expected = _of_pattern(self.config.get("rank_pattern"), match["module"], self.config["r"])
         if rank != expected:
             raise ValueError(
-                f"{self.checkpoint.folder}: {key!r} has shape {shape}, but adapter_config.json "
+                f"{self.checkpoint.folder}: {key!r} has shape {shape}, but its configuration "
                 f"gives its module rank {expected}"
             )
         alpha = _of_pattern(self.config.get("alpha_pattern"), match["module"], self.config["lora_alpha"])

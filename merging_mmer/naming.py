@@ -15,11 +15,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
-    AutoProcessor,
+    AutoModelForSeq2SeqLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -30,13 +29,8 @@ from transformers.utils.loading_report import LoadStateDictInfo
 from configuration_mmer.composed_config_mmer import ComposedConfig
 from modeling_mmer.composed_mmer import ComposedForConditionalGeneration
 from modeling_mmer.towers_mmer import language_model_name
-from processing_mmer.composed_processor_mmer import ComposedProcessor
 
 from .checkpoints import Checkpoint
-
-# checkpoints of our own class are told by their config, like any other; the shipped code registers nothing
-AutoConfig.register(ComposedConfig.model_type, ComposedConfig, exist_ok=True)
-AutoProcessor.register(ComposedConfig, ComposedProcessor, exist_ok=True)
 
 HEAD = "lm_head"
 
@@ -48,7 +42,9 @@ def class_on_meta(config: PreTrainedConfig, multimodal: bool, trust_remote_code:
     if multimodal and isinstance(config, ComposedConfig):
         with torch.device("meta"):
             return ComposedForConditionalGeneration(copy.deepcopy(config))
-    autos = (AutoModelForMultimodalLM, AutoModelForImageTextToText) if multimodal else (AutoModelForCausalLM,)
+    autos: tuple[Any, ...] = (AutoModelForCausalLM,)
+    if multimodal:  # the last holds AudioFlamingo3, which is no encoder-decoder
+        autos = (AutoModelForMultimodalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM)
     for auto in autos:
         known = type(config) in auto._model_mapping
         if known or (trust_remote_code and auto.__name__ in getattr(config, "auto_map", {})):

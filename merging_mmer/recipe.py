@@ -5,6 +5,7 @@ the project stand here and nowhere else. Invariant: a recipe that loads is consi
 field, what was found and what is expected.
 """
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,11 +25,15 @@ class ExpertRecipe(_Part):
     """One expert: `model` (a multimodal checkpoint, or a LoRA folder), or `lora` on the checkpoint `tower`.
 
     `tokenizer: own` accepts one that splits ordinary text otherwise than the base's: each keeps its own way.
+    `encoder`: a Hub id, folder or file, or one a modality, where a checkpoint only names its encoders (see
+    encoder_sources.py). `lora_key`: which factors are the expert's, where it has several (model_compose_layout.py).
     """
 
     model: str | None = None
     lora: str | None = None
     tower: str | None = None
+    encoder: str | dict[Modality, str] | None = None
+    lora_key: Literal["default", "vision", "audio", "video", "point"] | None = None
     modality: Modality | list[Modality] | None = None
     tokenizer: Literal["base", "own"] = "base"
     lam: float | None = Field(default=None, alias="lambda", ge=0)
@@ -144,14 +149,7 @@ class Recipe(_Part):
     @classmethod
     def load(cls, path: str | Path) -> "Recipe":
         """The recipe in a YAML file."""
-        path = Path(path)
-        if not path.is_file():
-            raise ValueError(f"{path}: there is no recipe of this name")
-        try:
-            values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path}: not readable as YAML: {error}") from error
-        return cls.from_dict(values, str(path))
+        return cls.from_dict(_read(Path(path)), str(path))
 
     @classmethod
     def from_dict(cls, values: Any, origin: str = "recipe") -> "Recipe":
@@ -173,6 +171,54 @@ class Recipe(_Part):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.resolved(), sort_keys=False)
+
+    def with_experts(self, experts: dict[str, ExpertRecipe]) -> "Recipe":
+        """The recipe with further experts behind its own. Raises ValueError for a name that it has already."""
+        if taken := sorted(set(experts) & set(self.experts)):
+            raise ValueError(f"experts: {taken} are there already, beside {list(self.experts)}: give other names")
+        values = self.model_dump(by_alias=True)
+        values["experts"] |= {name: expert.model_dump(by_alias=True) for name, expert in experts.items()}
+        return Recipe.from_dict(values)
+
+    def without_experts(self, names: Collection[str]) -> "Recipe":
+        """The recipe without some of its experts, and without what it says of them as defaults.
+
+        Raises ValueError for a name that it has not, and when none would be left.
+        """
+        if strangers := sorted(set(names) - set(self.experts)):
+            raise ValueError(f"experts: there is no {strangers}, only {list(self.experts)}")
+        if not set(self.experts) - set(names):
+            raise ValueError(f"experts: {list(self.experts)} are all there are, and one must stay")
+        values = self.model_dump(by_alias=True)
+        values["experts"] = {name: expert for name, expert in values["experts"].items() if name not in names}
+        values["default_experts"] = {m: name for m, name in self.default_experts.items() if name not in names}
+        values["text_route"] = AUTO if self.text_route in names else self.text_route
+        return Recipe.from_dict(values)
+
+
+def expert_recipes(experts: Mapping[str, Any], origin: str = "experts") -> dict[str, ExpertRecipe]:
+    """Experts as a recipe has them: name -> source, or its fields, or an `ExpertRecipe`."""
+    return Recipe.from_dict({"base": "", "experts": dict(experts)}, origin).experts
+
+
+def load_experts(path: str | Path) -> dict[str, ExpertRecipe]:
+    """The experts of a YAML file that has an `experts` mapping, as in a recipe, and nothing else."""
+    values = _read(Path(path))
+    if not isinstance(values, dict) or set(values) != {"experts"} or not isinstance(values["experts"], dict):
+        found = sorted(map(str, values)) if isinstance(values, dict) else type(values).__name__
+        raise ValueError(
+            f"{path}: found {found}, expected a mapping `experts` alone: the folder's own recipe says all else"
+        )
+    return expert_recipes(values["experts"], str(path))
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no recipe of this name")
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not readable as YAML: {error}") from error
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -200,4 +246,4 @@ def _faults(error: ValidationError) -> list[str]:
     return lines
 
 
-__all__ = ["MODALITIES", "Decoupling", "ExpertRecipe", "Method", "Recipe"]
+__all__ = ["MODALITIES", "Decoupling", "ExpertRecipe", "Method", "Recipe", "expert_recipes", "load_experts"]

@@ -60,7 +60,7 @@ def build_tower(config: PreTrainedConfig, attn_implementation: str | None = None
     """
     kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     emptied = _without_layers(config)
-    if isinstance(config, ComposedConfig):
+    if config.model_type == ComposedConfig.model_type:  # on the Hub each file may have a ComposedConfig of its own
         tower: PreTrainedModel = ComposedModel._from_config(emptied, **kwargs)
     else:
         tower = AutoModel.from_config(emptied, **kwargs)
@@ -80,9 +80,9 @@ def tower_features(tower: PreTrainedModel, modality: str, inputs: dict[str, torc
     """Features (tokens of all items, hidden) of one modality, in the order of the placeholders.
 
     `inputs` are the tensors of the expert's own processor, under its own names. Asked through the class's public
-    `get_<modality>_features`; `_OWN_FEATURES` holds the classes that have none.
+    `get_<modality>_features`; `OWN_FEATURES` holds the classes that have none, or do more.
     """
-    own = _OWN_FEATURES.get((tower.config.model_type, modality))
+    own = OWN_FEATURES.get((tower.config.model_type, modality))
     inputs = _in_tower_dtype(tower, inputs)
     if own is not None:
         return own(tower, inputs)
@@ -139,4 +139,37 @@ def _qwen2_audio_features(tower: Any, inputs: dict[str, torch.Tensor]) -> torch.
     return features[kept]
 
 
-_OWN_FEATURES = {("qwen2_audio", "audio"): _qwen2_audio_features}
+def _granite_speech_features(tower: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """GraniteSpeechModel.forward leaves out the tokens of padded frames itself.
+
+    input_features (audios, frames, mels), input_features_mask (audios, tokens) -> (tokens of all audios, hidden).
+    """
+    features = tower.get_audio_features(inputs["input_features"], return_dict=True).pooler_output
+    mask = inputs.get("input_features_mask")
+    return _flat(features if mask is None else features[mask.bool()])
+
+
+def _video_llama_3_features(tower: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """VideoLlama3Model.forward leaves out the tokens that a frame shares with the one before.
+
+    video_compression_mask (tokens of all videos) -> (tokens kept, hidden).
+    """
+    names = ("pixel_values_videos", "video_grid_thw", "video_merge_sizes")
+    made = tower.get_video_features(**{name: inputs[name] for name in names}, return_dict=True)
+    features, mask = _flat(made.pooler_output), inputs.get("video_compression_mask")
+    return features if mask is None else features[mask.bool()]
+
+
+def _fuyu_features(tower: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """FuyuModel has a linear over patches and no encoder: its features are a last hidden state."""
+    return _flat(tower.get_image_features(inputs["pixel_values"], return_dict=True).last_hidden_state)
+
+
+# (model type, modality) -> features, where they are not what `get_<modality>_features` gives
+OWN_FEATURES = {
+    ("qwen2_audio", "audio"): _qwen2_audio_features,
+    ("granite_speech", "audio"): _granite_speech_features,
+    ("granite_speech_plus", "audio"): _granite_speech_features,
+    ("video_llama_3", "video"): _video_llama_3_features,
+    ("fuyu", "image"): _fuyu_features,
+}

@@ -1,12 +1,14 @@
 """LoRA adapters: against PEFT's own merge_and_unload, by hand, and what is refused."""
 
 import json
+from pathlib import Path
 
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from merging_mmer import lora
 from merging_mmer.experts import Base, open_expert
 from merging_mmer.lora import LoraAdapter
 from merging_mmer.recipe import ExpertRecipe
@@ -192,6 +194,102 @@ def test_an_adapter_folder_leads_to_its_tower(base, tower, tmp_path):
         open_expert("image", ExpertRecipe(model=str(tmp_path / "lora")), base)
 
 
+# several adapters, and adapters beside weights
+
+
+def two_adapters(folder):
+    """PEFT saves the adapter named `default` at the top of the folder and any other in a sub-folder of its name."""
+    torch.manual_seed(5)
+    wrapped = peft.get_peft_model(tiny.base_model(), peft.LoraConfig(r=4, target_modules=["q_proj"]), "pictures")
+    wrapped.add_adapter("sounds", peft.LoraConfig(r=2, target_modules=["v_proj"]))
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.05 * torch.randn_like(parameter))
+    wrapped.save_pretrained(folder)
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"pictures", "sounds"}
+    return wrapped
+
+
+def changed_by(expert, base):
+    changed = {n for n in base.names if expert.task_vector(n, base.tensor(n), tiny.ROWS).any()}
+    return {name.split(".")[-2] for name in changed}
+
+
+def test_one_of_several_adapters_in_a_folder(base, tower, tmp_path):
+    wrapped = two_adapters(tmp_path / "lora")
+    for name, module in (("pictures", "q_proj"), ("sounds", "v_proj")):
+        expert = opened(base, tmp_path, lora=str(tmp_path / "lora" / name))
+        assert changed_by(expert, base) == {module}
+        layer = wrapped.base_model.model.model.layers[0].self_attn.get_submodule(module)
+        tau = expert.task_vector(
+            f"layers.0.self_attn.{module}.weight", base.tensor(f"layers.0.self_attn.{module}.weight"), tiny.ROWS
+        )
+        torch.testing.assert_close(tau, layer.get_delta_weight(name).detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("field", ["lora", "model"])
+def test_several_adapters_and_none_named(field, base, tower, tmp_path):
+    two_adapters(tmp_path / "lora")
+    recipe = ExpertRecipe(**{field: str(tmp_path / "lora"), "tower": str(tower)})
+    with pytest.raises(ValueError, match=r"several adapters, \['pictures', 'sounds'\]: name one, as lora: "):
+        open_expert("image", recipe, base)
+
+
+def test_an_adapter_in_a_sub_folder_of_a_hub_repository(base, tower, tmp_path, monkeypatch):
+    two_adapters(tmp_path / "repo")
+    asked = []
+
+    def fetched(source):
+        asked.append(source)
+        return Path(source) if Path(source).is_dir() else tmp_path / "repo"
+
+    monkeypatch.setattr(lora, "fetch", fetched)
+    for source, repo in (("org/name/sounds", "org/name"), ("org/name/sounds@v1", "org/name@v1")):
+        assert changed_by(opened(base, tmp_path, lora=source), base) == {"v_proj"}
+        assert asked.pop() == repo
+    with pytest.raises(ValueError, match=r"holds no adapter there; found adapters in \['pictures', 'sounds'\]"):
+        opened(base, tmp_path, lora="org/name/images")
+    with pytest.raises(ValueError, match="no Hub id with a sub-folder"):
+        opened(base, tmp_path, lora="org/name/../sounds")
+
+
+def test_a_sub_folder_that_cannot_be_fetched(base, tower, tmp_path):
+    with pytest.raises(ValueError, match="'runs/one/last' is no folder here, and .* cannot be fetched"):
+        opened(base, tmp_path, lora="runs/one/last")
+
+
+def test_an_adapter_beside_the_weights_of_its_own_model(base, tmp_path):
+    """transformers loads both, whatever base_model_name_or_path says; so do `model:` and `lora:`."""
+    model = tiny.expert_model("llava", tiny.base_model(), noise=0.02)
+    folder = tiny.save(model, tmp_path / "lora")
+    merged = train(model, folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "org/elsewhere"}))
+    for field in ("model", "lora"):
+        check(open_expert("image", ExpertRecipe(**{field: str(folder)}), base), base, merged)
+
+
+def test_embeddings_that_were_resized(base, tower, tmp_path):
+    """PEFT saves a resized embedding and head whole beside the factors."""
+    model = tiny.base_model()
+    with torch.no_grad():
+        model.resize_token_embeddings(tiny.ROWS + 3)
+        model.get_input_embeddings().weight[-3:] = 0.5
+        model.get_output_embeddings().weight[-3:] = 0.25
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.05 * torch.randn_like(parameter))
+    wrapped.save_pretrained(tmp_path / "lora", save_embedding_layers=True)
+    expert = opened(base, tmp_path)
+    merged = wrapped.merge_and_unload()
+    check(expert, base, merged)
+    assert torch.equal(expert.exact_tensor("embed_tokens.weight"), merged.get_input_embeddings().weight)
+    assert torch.equal(expert.exact_tensor("lm_head.weight"), merged.get_output_embeddings().weight)
+
+
 def test_a_lora_of_the_bare_llm_asks_for_a_tower(base, tmp_path):
     train(tiny.base_model(), tmp_path / "lora")
     with pytest.raises(ValueError, match="as tower:"):
@@ -226,6 +324,11 @@ def test_factors_by_hand(tmp_path):
     ("change", "message"),
     [
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        ({"peft_type": "VERA"}, "peft_type is 'VERA'"),
+        ({"peft_type": "NEWEST"}, "peft_type is 'NEWEST'"),
+        ({"monteclora_config": {"x": 1}}, "MonteCLoRA"),
+        ({"use_newest": True}, r"sets \['use_newest'\], which are not known here"),
         ({"use_dora": True}, "DoRA"),
         ({"lora_bias": True}, "lora_bias"),
         ({"use_qalora": True}, "QA-LoRA"),

@@ -12,6 +12,7 @@ experts:
   audio: {model: org/audio-expert, lambda: 0.8}
   medical: {model: org/llava-med, modality: image, weight: 2, density: 0.3}
   video: {lora: org/video-lora, tower: org/video-tower, modality: [image, video]}
+  clips: {model: org/damc-video, encoder: {video: org/encoder}, lora_key: video, modality: video}
 method: {name: ties, density: 0.5, scope: tensor, alpha: 1.0}
 decoupling: {kind: mask, lambda: 1.2, scale: row, rank: 16}
 text_route: auto
@@ -28,7 +29,8 @@ def load(text, tmp_path):
 
 def test_the_recipe_of_the_design(tmp_path):
     recipe = load(FULL, tmp_path)
-    assert list(recipe.experts) == ["image", "audio", "medical", "video"]
+    assert list(recipe.experts) == ["image", "audio", "medical", "video", "clips"]
+    assert recipe.experts["clips"].encoder == {"video": "org/encoder"} and recipe.experts["clips"].lora_key == "video"
     assert recipe.experts["image"].model == "llava-hf/llava-1.5-7b-hf"
     assert recipe.experts["video"].modalities == ["image", "video"]
     assert (recipe.lam("audio"), recipe.lam("image")) == (0.8, 1.2)
@@ -78,6 +80,9 @@ def test_kinds_that_fix_scale_and_rank(kind):
         ({"experts": {"image": {"model": "a/b", "weight": 0}}}, "experts.image.weight: "),
         ({"experts": {"image": {"model": "a/b", "density": 1.5}}}, "experts.image.density: "),
         ({"experts": {"image": {"model": "a/b", "modality": "smell"}}}, "experts.image.modality"),
+        ({"experts": {"image": {"model": "a/b", "encoder": {"smell": "c/d"}}}}, "experts.image.encoder"),
+        ({"experts": {"image": {"model": "a/b", "encoder": 3}}}, "experts.image.encoder"),
+        ({"experts": {"image": {"model": "a/b", "lora_key": "text"}}}, r"experts.image.lora_key: .*found 'text'"),
         ({"experts": {"image": {"model": "a/b", "lora": "c/d"}}}, "experts.image: found both model and lora"),
         ({"experts": {"image": {"tower": "a/b"}}}, "experts.image: found neither model nor lora"),
         ({"experts": {"merged": "a/b"}}, "experts.merged: expected letters"),
