@@ -1,7 +1,7 @@
 """mmer: the command line, and the public names (`from mmer import merge, Recipe, …`)."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -16,9 +16,12 @@ from configuration_mmer import MMERConfig
 from evaluation_mmer import demo as lab_demo
 from hub_cards import write_card
 from merging_mmer import MergeReport, Recipe
+from merging_mmer import add as add_to_folder
 from merging_mmer import merge as merge_folder
+from merging_mmer import remove as remove_from_folder
 from merging_mmer.comparison import Fit
 from merging_mmer.inspection import Inspection, inspect
+from merging_mmer.recipe import load_experts
 from merging_mmer.verification import Check, Verification, verify
 from modeling_mmer import MMERForConditionalGeneration
 from processing_mmer import MMERProcessor
@@ -32,8 +35,10 @@ __all__ = [
     "MergeReport",
     "Recipe",
     "Verification",
+    "add",
     "inspect",
     "merge",
+    "remove",
     "verify",
     "write_card",
 ]
@@ -53,6 +58,22 @@ def merge(recipe: Recipe | dict[str, Any] | str | Path, out: str | Path, **optio
     if isinstance(recipe, dict):
         recipe = Recipe.from_dict(recipe)
     return merge_folder(recipe, out, finish=write_card, **options)
+
+
+def add(folder: str | Path, experts: Mapping[str, Any], **options: Any) -> MergeReport:
+    """Add experts, name -> source or fields as in a recipe, to a merged folder, and write its model card anew.
+
+    `options` are those of `merging_mmer.add`. Raises ValueError for what does not fit; the folder is untouched then.
+    """
+    return add_to_folder(folder, experts, finish=write_card, **options)
+
+
+def remove(folder: str | Path, experts: str | Collection[str], **options: Any) -> MergeReport:
+    """Take experts out of a merged folder, and write its model card anew.
+
+    `options` are those of `merging_mmer.remove`. Raises ValueError for what does not fit, and leaves the folder then.
+    """
+    return remove_from_folder(folder, experts, finish=write_card, **options)
 
 
 @contextmanager
@@ -78,10 +99,93 @@ def merge_command(
         report = merge(
             recipe, out, overwrite=overwrite, max_shard_size=max_shard_size, trust_remote_code=trust_remote_code
         )
+    _print_report(report, out)
+
+
+def _print_report(report: MergeReport, out: Path):
     console.print(lab_demo.densities(report))
+    for note in report.notes:
+        console.print(escape(note), highlight=False)
     for warning in report.warnings:
         console.print(f"[yellow]warning:[/yellow] {warning}")
     console.print(f"{out} ({report.seconds:.0f} s)")
+
+
+_FOLDER = typer.Argument(help="a merged folder")
+_OUT = typer.Option(help="the folder to make; without it the new one takes the old one's place")
+_BASE = typer.Option(help="where the base is now, if not where the folder's recipe says")
+
+
+@app.command("add")
+def add_command(
+    folder: Annotated[str, _FOLDER],
+    expert: Annotated[list[str] | None, typer.Option(help="NAME=SOURCE, or NAME with --lora; again for more")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="a YAML file with `experts:`, as in a recipe")] = None,
+    lora: Annotated[str | None, typer.Option(help="its adapter")] = None,
+    tower: Annotated[str | None, typer.Option(help="the checkpoint that its adapter belongs to")] = None,
+    modality: Annotated[list[str] | None, typer.Option(help="what of it to take; again for more")] = None,
+    lam: Annotated[float | None, typer.Option("--lambda", help="how strict its mask is")] = None,
+    weight: Annotated[float | None, typer.Option(help="its weight in the merged vector")] = None,
+    density: Annotated[float | None, typer.Option(help="the share of it that is kept when trimming")] = None,
+    remerge: Annotated[bool, typer.Option("--remerge", help="merge all originals anew; changes all experts")] = False,
+    out: Annotated[Path | None, _OUT] = None,
+    base: Annotated[str | None, _BASE] = None,
+    max_shard_size: Annotated[str, typer.Option(help="size of a weight file")] = "2GB",
+    trust_remote_code: Annotated[bool, typer.Option(help="run an expert's own code")] = False,
+):
+    """Add an expert to a merged folder; the other experts' routes do not change by one bit."""
+    more = {"lora": lora, "tower": tower, "modality": modality, "lambda": lam, "weight": weight, "density": density}
+    with _plain_errors():
+        asked = _asked(expert or [], {key: value for key, value in more.items() if value not in (None, [])})
+        experts = _together(load_experts(recipe) if recipe else {}, asked)
+        report = add(
+            folder, experts, remerge=remerge, out=out, base=base, max_shard_size=max_shard_size,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+    _print_report(report, out or Path(folder))
+
+
+def _asked(experts: list[str], more: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """NAME=SOURCE and the options beside it -> the experts as a recipe has them."""
+    if more and len(experts) != 1:
+        raise ValueError(
+            f"{', '.join(f'--{key}' for key in more)} speak of one --expert, found {len(experts)}: give one, or write "
+            "the experts into a file for --recipe"
+        )
+    asked = {}
+    for entry in experts:
+        name, _, source = entry.partition("=")
+        if name in asked:
+            raise ValueError(f"--expert {name} is there twice")
+        asked[name] = {**({"model": source} if source else {}), **more}
+    return asked
+
+
+def _together(of_file: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    if twice := sorted(set(of_file) & set(asked)):
+        raise ValueError(f"experts {twice} are in the file of --recipe and in --expert: give each once")
+    if not of_file and not asked:
+        raise ValueError("no expert to add: give --expert NAME=SOURCE, or --recipe FILE with `experts:`")
+    return {**of_file, **asked}
+
+
+@app.command("remove")
+def remove_command(
+    folder: Annotated[str, _FOLDER],
+    expert: Annotated[list[str], typer.Option(help="its name; again for more")],
+    remerge: Annotated[bool, typer.Option("--remerge", help="merge the other originals anew")] = False,
+    out: Annotated[Path | None, _OUT] = None,
+    base: Annotated[str | None, _BASE] = None,
+    max_shard_size: Annotated[str, typer.Option(help="size of a weight file")] = "2GB",
+    trust_remote_code: Annotated[bool, typer.Option(help="run an expert's own code")] = False,
+):
+    """Take an expert out of a merged folder; the other experts' routes do not change by one bit."""
+    with _plain_errors():
+        report = remove(
+            folder, expert, remerge=remerge, out=out, base=base, max_shard_size=max_shard_size,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+    _print_report(report, out or Path(folder))
 
 
 @app.command()

@@ -37,7 +37,9 @@ class MMERConfig(PreTrainedConfig):
             `paper` is the mask alone, `exact` the correction alone (no mask), `none` a static merge.
         added_tokens: [{"token": str, "id": int, "experts": [names]}], the tokens that the base does not have. Row j
             of the second, small embedding matrix belongs to entry j. Where experts tuned one token apart, the entry
-            has "rows", {expert: the row that its route reads}, and row j is the mean of them.
+            has "rows", {expert: the row that its route reads}, and row j is the mean of them; it stays as
+            it was where an expert joins or leaves later. An entry without experts holds the id of a token that left
+            with its expert; nobody writes it.
         text_route: "auto" (base without media, the expert when all media are its own, else merged), "base", "merged"
             or an expert's name.
 

@@ -3,15 +3,27 @@
 Enters: the added tokens and the experts that bring them. Leaves: the matrices, and for each token that several
 experts tuned apart the row of each. Row j belongs to token j: the expert's own, or the mean of the experts' rows,
 which the merged route reads; each expert's own follow behind. Invariant: an expert's route reads the rows that the
-expert has, whoever else brings a token of that text; the order of the experts changes no number.
+expert has, whoever else brings a token of that text; the order of the experts changes no number. Where an expert
+joins or leaves later, row j stays as it was (`TokenRows`).
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from .experts import Expert
+from configuration_mmer.configuration_mmer import MMERConfig
+
+from .experts import Base, Expert
+from .naming import HEAD
 from .vocabulary import AddedVocabularyToken
+
+
+def row_places(base: Base) -> dict[str, str]:
+    """Vocabulary matrix of the base -> stored name of the small matrix beside it."""
+    places = {base.embedding: "model.added_embeddings.weight", f"{HEAD}.weight": "added_head.weight"}
+    return {name: places[name] for name in base.vocabulary_names}
 
 
 def read_rows(expert: Expert, names: Sequence[str], tokens: Sequence[AddedVocabularyToken]) -> dict[str, torch.Tensor]:
@@ -49,3 +61,57 @@ def lay_out(
         own[token] = {expert: len(tokens) + len(further) + place for place, expert in enumerate(found)}
         further += values
     return torch.stack([*first, *further], dim=1), own
+
+
+@dataclass
+class TokenRows:
+    """One added token of a merged folder: the row that routes share, (matrices, hidden), and experts' own ones."""
+
+    token: str
+    id: int
+    experts: list[str]
+    joint: torch.Tensor
+    own: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def split_rows(config: MMERConfig, matrices: torch.Tensor) -> list[TokenRows]:
+    """The stored rows by token; `matrices` (matrices, rows, hidden)."""
+    return [
+        TokenRows(
+            token["token"],
+            token["id"],
+            list(token["experts"]),
+            matrices[:, place],
+            {expert: matrices[:, row] for expert, row in token.get("rows", {}).items()},
+        )
+        for place, token in enumerate(config.added_tokens)
+    ]
+
+
+def join_rows(tokens: Sequence[TokenRows]) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+    """(matrices (matrices, rows, hidden), `added_tokens` of the config); the inverse of `split_rows`."""
+    rows, entries = [token.joint for token in tokens], []
+    for token in tokens:
+        entry: dict[str, Any] = {"token": token.token, "id": token.id, "experts": token.experts}
+        if token.own:
+            entry["rows"] = {expert: len(rows) + place for place, expert in enumerate(token.own)}
+            rows += token.own.values()
+        entries.append(entry)
+    return torch.stack(rows, dim=1), entries
+
+
+def add_rows(
+    row: TokenRows | None,
+    token: AddedVocabularyToken,
+    found: dict[str, dict[str, torch.Tensor]],
+    empty: torch.Tensor,
+) -> TokenRows:
+    """`row` with those of newcomers, `found` (newcomer -> token -> (matrices, hidden)); the shared one as it was.
+
+    Of a token that is new (None) the first newcomer's row is the shared one; `empty` where none has a row.
+    """
+    rows = [(name, of[token.token].to(empty.dtype)) for name, of in found.items() if token.token in of]
+    if row is None:
+        row = TokenRows(token.token, token.id, [], rows[0][1] if rows else empty)
+    own = row.own | {name: value for name, value in rows if not torch.equal(value, row.joint)}
+    return TokenRows(row.token, row.id, list(token.experts), row.joint, own)

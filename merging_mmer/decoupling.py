@@ -1,4 +1,5 @@
-"""Which way of decoupling suits these experts, when the recipe leaves it open (`kind: auto`).
+"""Which way of decoupling suits these experts, when the recipe leaves it open (`kind: auto`); and the LoRAs as `exact`
+keeps them.
 
 Enters: the recipe's Decoupling and the opened experts. Leaves: a Decoupling of kind `exact` or `mask`. An expert that
 is a LoRA on the base is kept by its own two factors, exactly; that costs r·(in + out) numbers a matrix. A mask costs
@@ -8,7 +9,10 @@ smaller.
 
 from collections.abc import Sequence
 
+import torch
+
 from .experts import Base, Expert, sampled_matrices
+from .masks import correct
 from .recipe import Decoupling
 
 _BITS = 16  # of a stored number
@@ -55,3 +59,38 @@ def mask_bits(decoupling: Decoupling, experts: Sequence[Expert], base: Base) -> 
             bits += rows * columns + scales * _BITS
             bits += min(decoupling.rank, rows, columns) * (rows + columns) * _BITS
     return bits
+
+
+def largest_rank(experts: Sequence[Expert]) -> int:
+    """The rank that `exact` stores: the largest of any LoRA on a tensor of the language model; 0 without one."""
+    ranks = [0]
+    for expert in experts:
+        inside = set(expert.llm.values())
+        ranks += [rank for name, rank in (expert.adapter.ranks.items() if expert.adapter else ()) if name in inside]
+    return max(ranks)
+
+
+def exact_factors(
+    expert: Expert, name: str, theta_0: torch.Tensor, tau: torch.Tensor, rank: int, tokens: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B (out, rank), A (rank, in)) of the expert's own LoRA on one matrix, zero padded. The base has `tokens` tokens.
+
+    Raises ValueError where the expert changed the matrix beyond a LoRA.
+    """
+    factors = expert.factors(name)
+    if bool(expert.dense_part(name, theta_0, tokens).any()):
+        raise ValueError(
+            f"decoupling.kind exact keeps an expert's own LoRA, but expert {expert.name!r} changed {name} "
+            "beyond one: use kind mask for experts that were tuned in full"
+        )
+    if factors is None:
+        return torch.zeros(len(theta_0), rank), torch.zeros(rank, theta_0.shape[1])
+    b, a = factors
+    if b.shape[1] > rank:  # more rank than the matrix has
+        b, a = correct(tau, rank)
+    if name in expert.base.vocabulary_names:
+        b = b[: len(theta_0)].clone()
+        b[tokens:] = 0
+        b = torch.nn.functional.pad(b, (0, 0, 0, len(theta_0) - len(b)))
+    missing = rank - b.shape[1]
+    return torch.nn.functional.pad(b, (0, missing)), torch.nn.functional.pad(a, (0, 0, 0, missing))

@@ -13,7 +13,8 @@ import torch
 from modeling_mmer.routing_mmer import pack_bits
 
 from .masks import correct, decouple, recover, rescale
-from .ties import merge_vectors
+from .recipe import Recipe
+from .ties import merge_vectors, trim, trim_at
 
 _BLOCK = 1 << 16
 
@@ -38,6 +39,32 @@ def merge_rows(
     return merged
 
 
+def merged_vector(
+    recipe: Recipe,
+    experts: Sequence[str],
+    taus: Sequence[torch.Tensor],
+    thresholds: dict[str, tuple[float, int]],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """τ* of one tensor by the recipe, from the task vectors of `experts`: in `dtype`; in fp32 where it is no matrix.
+
+    `thresholds`: expert -> (threshold, ties) over the whole model (scope: model), whose ties are used up here. An
+    expert that is not in it is trimmed in this tensor alone.
+    """
+    trimmed = []
+    for name, tau in zip(experts, taus, strict=True):
+        if name in thresholds:
+            threshold, ties = thresholds[name]
+            tau, used = trim_at(tau, threshold, ties)
+            thresholds[name] = threshold, ties - used
+        else:
+            tau = trim(tau, recipe.density(name))
+        trimmed.append(tau)
+    weights = [recipe.experts[name].weight for name in experts]
+    dtype = dtype if taus[0].ndim > 1 else torch.float32
+    return merge_rows(recipe.method.name, trimmed, weights, recipe.method.alpha, dtype)
+
+
 @dataclass
 class Decoupled:
     """What is stored of one expert in one matrix: mask (out, in) bool, scale (out,) or (1,), correction (B, A)."""
@@ -51,6 +78,12 @@ class Decoupled:
         if self.mask is None:
             return None
         return torch.cat([pack_bits(self.mask[rows]) for rows in row_blocks(self.mask)])
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        """Name of the part in a merged folder -> tensor, of those that are there."""
+        left, right = self.correction or (None, None)
+        parts = {"masks": self.packed(), "scales": self.scale, "correction_a": right, "correction_b": left}
+        return {name: tensor for name, tensor in parts.items() if tensor is not None}
 
     def tau(self, merged: torch.Tensor, rows: slice) -> torch.Tensor:
         """Rows of τ̂ = s⊙m⊙τ* + BA, fp32."""

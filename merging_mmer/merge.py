@@ -15,20 +15,19 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoProcessor, AutoTokenizer
+from transformers import AutoTokenizer
 
-from .added_rows import lay_out, read_rows
-from .decoupling import settle
+from .added_rows import lay_out, read_rows, row_places
+from .decoupling import exact_factors, largest_rank, settle
 from .experts import Base, Expert, open_expert
 from .journal import Journal, fingerprint
-from .masks import correct
-from .matrices import Decoupled, decouple_matrix, merge_rows, row_blocks
+from .matrices import Decoupled, decouple_matrix, merged_vector, row_blocks
 from .naming import HEAD
 from .recipe import Recipe
 from .report import Measurement, MergeReport, sha256
 from .repository import build_config, write_repository
 from .shards import ShardWriter, size_in_bytes
-from .ties import model_threshold, trim, trim_at
+from .ties import model_threshold
 from .vocabulary import Vocabulary, build_processor, merge_vocabulary
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -69,12 +68,13 @@ def merge(
         # an interrupt is no Exception: it leaves what is done, to go on from
         shutil.rmtree(workplace, ignore_errors=True)
         raise
-    _put_in_place(unfinished, out)
+    put_in_place(unfinished, out)
     shutil.rmtree(workplace)
     return report
 
 
-def _put_in_place(unfinished: Path, out: Path):
+def put_in_place(unfinished: Path, out: Path):
+    """Give a finished folder its name. What stood there is beside it then, under the name `<out>.replaced`."""
     old = unfinished.with_name(f"{out.name}.replaced")
     if out.exists():
         os.replace(out, old)
@@ -93,10 +93,7 @@ class _Merge:
         self.tokens = len(tokenizer)
         settled = settle(recipe.decoupling, self.experts, self.base, self.tokens)
         self.recipe = recipe.model_copy(update={"decoupling": settled})
-        processors = {
-            e.name: AutoProcessor.from_pretrained(e.processor_folder, trust_remote_code=trust_remote_code)
-            for e in self.experts
-        }
+        processors = {e.name: e.load_processor(trust_remote_code) for e in self.experts}
         configs = {e.name: e.config for e in self.experts}
         wanted = {name: expert.modalities for name, expert in recipe.experts.items()}
         self.vocabulary: Vocabulary = merge_vocabulary(tokenizer, processors, configs, wanted, recipe.own_tokenizers)
@@ -154,16 +151,8 @@ class _Merge:
         return dtype
 
     def _rank(self) -> int:
-        if self.recipe.decoupling.kind != "exact":
-            return self.recipe.decoupling.rank
-        inside = [set(e.llm.values()) for e in self.experts]
-        ranks = [
-            rank
-            for e, names in zip(self.experts, inside, strict=True)
-            for name, rank in (e.adapter.ranks.items() if e.adapter else ())
-            if name in names
-        ]
-        return max(ranks, default=0)
+        decoupling = self.recipe.decoupling
+        return largest_rank(self.experts) if decoupling.kind == "exact" else decoupling.rank
 
     def _thresholds(self) -> dict[str, tuple[float, int]]:
         """scope: model. One threshold per expert over all its tensors, exact, in two passes over them."""
@@ -224,7 +213,8 @@ class _Merge:
             self.measurement.same(theta_0)
             return
         self.measurement.several(name, taus, theta_0)
-        merged = self.merged_vector(taus)
+        names = [expert.name for expert in self.experts]
+        merged = merged_vector(self.recipe, names, taus, self.thresholds, self.dtype)
         if name in self.base.delta_weights:
             self.delta_modules.append(name.removesuffix(".weight"))
             self.write_matrix(name, theta_0, taus, merged)
@@ -235,21 +225,6 @@ class _Merge:
         else:
             self.expert_tensors.append(name)
             self.write_expert_tensors(name, theta_0, taus, merged)
-
-    def merged_vector(self, taus: Sequence[torch.Tensor]) -> torch.Tensor:
-        """τ*: trimmed, elected, averaged; a matrix in the dtype it is stored in, anything else in fp32."""
-        trimmed = []
-        for expert, tau in zip(self.experts, taus, strict=True):
-            if expert.name in self.thresholds:
-                threshold, ties = self.thresholds[expert.name]
-                tau, used = trim_at(tau, threshold, ties)
-                self.thresholds[expert.name] = threshold, ties - used
-            else:
-                tau = trim(tau, self.recipe.density(expert.name))
-            trimmed.append(tau)
-        method, weights = self.recipe.method, [self.recipe.experts[e.name].weight for e in self.experts]
-        dtype = self.dtype if taus[0].ndim > 1 else torch.float32
-        return merge_rows(method.name, trimmed, weights, method.alpha, dtype)
 
     def write_matrix(self, name: str, theta_0: torch.Tensor, taus: Sequence[torch.Tensor], delta: torch.Tensor):
         """τ*, masks, scales and corrections of one matrix."""
@@ -263,13 +238,11 @@ class _Merge:
             if kind in ("mask", "paper"):
                 own = decouple_matrix(tau, delta, self.recipe.lam(expert.name), scale_kind, rank, self.dtype)
             elif kind == "exact":
-                b, a = self.exact_factors(expert, name, theta_0, tau, rank)
+                b, a = exact_factors(expert, name, theta_0, tau, rank, self.tokens)
                 own = Decoupled(correction=(b.to(self.dtype), a.to(self.dtype)))
-            left, right = own.correction or (None, None)
-            stored = {"masks": own.packed(), "scales": own.scale, "correction_a": right, "correction_b": left}
+            stored = own.stored()
             for part, tensor in stored.items():
-                if tensor is not None:
-                    parts[part].append(tensor)
+                parts[part].append(tensor)
             self.measurement.stored(expert.name, stored.values())
             for rows in row_blocks(tau):
                 recovered = delta[rows].float() if kind == "none" else own.tau(delta, rows)
@@ -278,28 +251,6 @@ class _Merge:
         for part, tensors in parts.items():
             if tensors:
                 self.writer.add(f"{prefix}.{part}", torch.stack(tensors))
-
-    def exact_factors(
-        self, expert: Expert, name: str, theta_0: torch.Tensor, tau: torch.Tensor, rank: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B (out, rank), A (rank, in)) of the expert's own LoRA, zero padded."""
-        factors = expert.factors(name)
-        if bool(expert.dense_part(name, theta_0, self.tokens).any()):
-            raise ValueError(
-                f"decoupling.kind exact keeps an expert's own LoRA, but expert {expert.name!r} changed {name} "
-                "beyond one: use kind mask for experts that were tuned in full"
-            )
-        if factors is None:
-            return torch.zeros(len(theta_0), rank), torch.zeros(rank, theta_0.shape[1])
-        b, a = factors
-        if b.shape[1] > rank:  # more rank than the matrix has
-            b, a = correct(tau, rank)
-        if name in self.base.vocabulary_names:
-            b = b[: len(theta_0)].clone()
-            b[self.tokens :] = 0
-            b = torch.nn.functional.pad(b, (0, 0, 0, len(theta_0) - len(b)))
-        missing = rank - b.shape[1]
-        return torch.nn.functional.pad(b, (0, missing)), torch.nn.functional.pad(a, (0, 0, 0, missing))
 
     def write_expert_tensors(
         self, name: str, theta_0: torch.Tensor, taus: Sequence[torch.Tensor], merged: torch.Tensor
@@ -334,22 +285,21 @@ class _Merge:
         """The rows of the tokens that the base lacks; 0 where no expert has one."""
         if not self.vocabulary.added_tokens:
             return
-        places = {self.base.embedding: "model.added_embeddings.weight", f"{HEAD}.weight": "added_head.weight"}
-        for name, rows in zip(self.base.vocabulary_names, self.added_rows[0], strict=True):
-            self.writer.add(places[name], rows.contiguous())
+        for place, rows in zip(row_places(self.base).values(), self.added_rows[0], strict=True):
+            self.writer.add(place, rows.contiguous())
 
     def report(self) -> MergeReport:
         recipe = self.recipe.resolved()
         report = MergeReport(
             base={
                 "source": self.recipe.base,
-                "sha256": _hashes([*self.base.weights.checkpoint.files, self.base.folder / "config.json"]),
+                "sha256": hashes([*self.base.weights.checkpoint.files, self.base.folder / "config.json"]),
             },
-            experts={e.name: {**recipe["experts"][e.name], "sha256": _hashes(e.files())} for e in self.experts},
+            experts={e.name: {**recipe["experts"][e.name], "sha256": hashes(e.files())} for e in self.experts},
             method=recipe["method"],
             decoupling={**recipe["decoupling"], "rank": self.rank},
             dtype=str(self.dtype).removeprefix("torch."),
-            warnings=list(self.vocabulary.warnings),
+            warnings=[*self.vocabulary.warnings, *(note for e in self.experts for note in e.notes)],
         )
         self.measurement.fill(report)
         return report
@@ -359,10 +309,10 @@ def _stored_name(name: str) -> str:
     return name if name.startswith(f"{HEAD}.") else f"model.language_model.{name}"
 
 
-def _hashes(files: Sequence[Path]) -> dict[str, str]:
+def hashes(files: Sequence[Path]) -> dict[str, str]:
     """sha256 by file name; a second file of one name (checkpoint and adapter) gets its number behind it."""
-    hashes: dict[str, str] = {}
+    found: dict[str, str] = {}
     for file in files:
-        name = file.name if file.name not in hashes else f"{file.name} ({len(hashes)})"
-        hashes[name] = sha256(file)
-    return hashes
+        name = file.name if file.name not in found else f"{file.name} ({len(found)})"
+        found[name] = sha256(file)
+    return found

@@ -70,6 +70,7 @@ class MergeReport:
     tensors: dict[str, int] = field(default_factory=dict)
     dtype: str = ""
     warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
     def to_json(self) -> str:
@@ -178,19 +179,67 @@ class Measurement:
             "equal_to_base": self.unchanged,
             "parameters_changed": self.parameters,
         }
-        report.warnings += self._starved(report)
+        report.warnings += starved({name: report.experts[name] for name in self.experts})
 
-    def _starved(self, report: MergeReport) -> list[str]:
-        kept = {name: report.experts[name]["total"]["kept_energy"] for name in self.experts}
-        known = {name: share for name, share in kept.items() if share is not None}
-        best = max(known.values(), default=0.0)
-        return [
-            f"expert {name!r} is starved: the merged vector keeps {share:.1%} of its energy, of the best "
-            f"expert's {best:.1%}. Its task vector is short beside the others'; a larger weight, a smaller lambda or "
-            "a higher rank helps it"
-            for name, share in known.items()
-            if share < STARVED * best
-        ]
+
+def starved(experts: dict[str, dict[str, Any]]) -> list[str]:
+    """A warning for each expert of a report of whose energy the masks keep far less than of the best one's."""
+    kept = {name: numbers["total"]["kept_energy"] for name, numbers in experts.items()}
+    known = {name: share for name, share in kept.items() if share is not None}
+    best = max(known.values(), default=0.0)
+    return [
+        f"expert {name!r} is starved: the merged vector keeps {share:.1%} of its energy, of the best "
+        f"expert's {best:.1%}. Its task vector is short beside the others'; a larger weight, a smaller lambda or "
+        "a higher rank helps it"
+        for name, share in known.items()
+        if share < STARVED * best
+    ]
+
+
+def count_unchanged(expert: dict[str, Any], sums: dict[str, _Sums]):
+    """Count into an expert's part of a report further tensors, by kind, in which its task vector is 0.
+
+    They carry a merged vector now, for another expert. `sums` are those of a `Measurement`.
+    """
+    total, whole = _Sums(), _sums(expert["total"], _masked(expert))
+    for kind, more in sums.items():
+        old = expert["tensors"].get(kind, _Sums().shares())
+        masked = old["entries"] if old["mask_density"] is not None else 0
+        expert["tensors"][kind] = {**_sums(old, masked).plus(more).shares(), **_kept(old)}
+        total = total.plus(more)
+    expert["total"] = {**whole.plus(total).shares(), **_kept(expert["total"])}
+
+
+def count_copy(expert: dict[str, Any], kind: str, copy_of: str):
+    """Count into an expert's part of a report a tensor that has been one with another: head and embedding."""
+    shares, whole = expert["tensors"][copy_of], _sums(expert["total"], _masked(expert))
+    masked = shares["entries"] if shares["mask_density"] is not None else 0
+    against = expert["total"]["against_merged_sign"]
+    expert["tensors"][kind] = dict(shares)
+    expert["total"] = {**whole.plus(_sums(shares, masked)).shares(), "against_merged_sign": against}
+
+
+def _masked(expert: dict[str, Any]) -> int:
+    return sum(kind["entries"] for kind in expert["tensors"].values() if kind["mask_density"] is not None)
+
+
+def _kept(shares: dict[str, Any]) -> dict[str, Any]:
+    """What tensors with a task vector of 0 leave as it is, to the last digit."""
+    return {key: shares[key] for key in ("norm", "against_merged_sign")}
+
+
+def _sums(shares: dict[str, Any], masked: int) -> _Sums:
+    """The sums behind the shares of a report, of which `masked` entries have a mask; signs were not counted."""
+    energy = shares["norm"] ** 2
+    return _Sums(
+        entries=shares["entries"],
+        tau=energy,
+        kept=energy * (shares["kept_energy"] or 0.0),
+        error=energy * shares["residual"] ** 2,
+        rounding=energy * shares["rounding"] ** 2,
+        on=round(masked * (shares["mask_density"] or 0.0)),
+        masked=masked,
+    )
 
 
 def sha256(path: Path) -> str:

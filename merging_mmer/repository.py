@@ -35,19 +35,9 @@ def build_config(
     own_rows: dict[str, dict[str, int]],
 ) -> MMERConfig:
     """`own_rows`: added token -> {expert: its own row}, where experts that share a token tuned it apart."""
-    entries = {
-        expert.name: {
-            "config": _without_paths(expert.config.to_dict()),
-            "placeholders": {
-                modality: {"token": token, "id": token_id}
-                for modality, (token, token_id) in vocabulary.placeholders[expert.name].items()
-            },
-        }
-        for expert in experts
-    }
     config = MMERConfig(
-        text_config=_without_paths(base.config.to_dict()),
-        experts=entries,
+        text_config=without_paths(base.config.to_dict()),
+        experts={expert.name: expert_entry(expert, vocabulary) for expert in experts},
         delta_modules=delta_modules,
         expert_tensors=expert_tensors,
         decoupling={"kind": recipe.decoupling.kind, "scale": recipe.decoupling.scale, "rank": rank},
@@ -63,26 +53,47 @@ def build_config(
         default_experts=recipe.default_experts,
         text_route=recipe.text_route,
     )
+    return loadable(config, dtype)
+
+
+def loadable(config: MMERConfig, dtype: torch.dtype) -> MMERConfig:
+    """`config` with what transformers needs to load the folder: class, code, dtype."""
     config.architectures = [ARCHITECTURE]
     config.auto_map = dict(AUTO_MAP)
     config.dtype = dtype
     return config
 
 
-def _without_paths(values: Any) -> Any:
+def expert_entry(expert: Expert, vocabulary: Vocabulary) -> dict[str, Any]:
+    """What config.json says of one expert."""
+    return {
+        "config": without_paths(expert.config.to_dict()),
+        "placeholders": {
+            modality: {"token": token, "id": token_id}
+            for modality, (token, token_id) in vocabulary.placeholders[expert.name].items()
+        },
+    }
+
+
+def without_paths(values: Any) -> Any:
     if isinstance(values, dict):
-        return {key: _without_paths(value) for key, value in values.items() if key != "_name_or_path"}
-    return [_without_paths(value) for value in values] if isinstance(values, list) else values
+        return {key: without_paths(value) for key, value in values.items() if key != "_name_or_path"}
+    return [without_paths(value) for value in values] if isinstance(values, list) else values
 
 
 def write_repository(
     folder: Path, recipe: Recipe, base: Base, config: MMERConfig, processor: Any, report: MergeReport
 ):
-    processor.save_pretrained(folder)
-    config.save_pretrained(folder)
-    write_hub_code(folder)
     generation = base.folder / "generation_config.json"
     if generation.is_file():
         shutil.copyfile(generation, folder / generation.name)
+    write_words(folder, recipe, config, processor, report)
+
+
+def write_words(folder: Path, recipe: Recipe, config: MMERConfig, processor: Any, report: MergeReport):
+    """Processor, config, code, recipe and report."""
+    processor.save_pretrained(folder)
+    config.save_pretrained(folder)
+    write_hub_code(folder)
     (folder / "merge_recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     (folder / "merge_report.json").write_text(report.to_json(), encoding="utf-8")

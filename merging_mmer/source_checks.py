@@ -7,7 +7,7 @@ expert is in memory at a time.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,25 +17,25 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from configuration_mmer.routes_mmer import FIRST_EXPERT_ROUTE
 from modeling_mmer.modeling_mmer import MMERForConditionalGeneration
 from modeling_mmer.routing_mmer import route_weight_of
 
-from .added_rows import lay_out, read_rows
+from .added_rows import lay_out, read_rows, row_places
 from .checkpoints import fetch
 from .experts import Base, Expert, open_expert
 from .folder_checks import REPORT, Fault, MergedFolder, Skip, stored_name
 from .matrices import row_blocks
-from .naming import HEAD, listing
+from .naming import listing
 from .recipe import ExpertRecipe, Recipe
 from .report import sha256, tensor_kind
 from .tokenization import PROBES
-from .vocabulary import merge_vocabulary
+from .vocabulary import merge_vocabulary, possible_texts
 
 _PARTS = ("weight", "delta", "masks", "scales", "correction_a", "correction_b")
-_SOURCES = ("model", "lora", "tower", "encoder")  # the fields of an expert in a recipe that name a place
+_SOURCES = ("model", "lora", "tower")  # the fields of an expert in a recipe that name a place
 
 # how far a residual may lie from the reported one: sums in another order, and of θ₀'s size where τ is small
 _RELATIVE, _ROUNDING = 1e-4, 1e-6
@@ -114,6 +114,17 @@ class Sources:
                 folders[key] = folder
         return folders
 
+    def encoder_folders(self, name: str) -> list[Path]:
+        """Where the encoders that the recipe names for an expert are, as far as they are at hand."""
+        own = self.recipe.experts.get(name)
+        given = None if own is None else own.encoder
+        sources = list(given.values()) if isinstance(given, dict) else [given] if given else []
+        files = [Path(source).expanduser() for source in sources]
+        places = [
+            file.parent if file.is_file() else at_hand(source) for source, file in zip(sources, files, strict=True)
+        ]
+        return [place for place in places if place is not None]
+
     @cached_property
     def experts(self) -> list[Expert]:
         """The original experts, in the order of the masks."""
@@ -149,7 +160,7 @@ def check_sources(merged: MergedFolder, sources: Sources) -> str:
     except Skip:
         folders["base"] = []
     for name in merged.config.expert_names:
-        folders[name] = list(sources.expert_folders(name).values())
+        folders[name] = [*sources.expert_folders(name).values(), *sources.encoder_folders(name)]
     wanted = {"base": report["base"].get("sha256", {})}
     wanted |= {name: report["experts"].get(name, {}).get("sha256", {}) for name in merged.config.expert_names}
     for name, hashes in wanted.items():
@@ -226,7 +237,9 @@ def check_residuals(merged: MergedFolder, sources: Sources) -> str:
     for name in base.names:
         theta_0 = base.tensor(name)
         taus = [expert.task_vector(name, theta_0, tokens) for expert in experts]
-        if not any(bool(tau.any()) for tau in taus):
+        module = name.removesuffix(".weight")
+        stored = module in merged.config.delta_modules or name in merged.config.expert_tensors
+        if not stored and not any(bool(tau.any()) for tau in taus):
             continue
         for route, (expert, tau) in enumerate(zip(experts, taus, strict=True)):
             for rows, theta in _recovered(merged, name, route):
@@ -311,35 +324,57 @@ def check_exact(merged: MergedFolder, sources: Sources) -> str:
             seen += 1
             if not same_bits(stored, original.to(stored.dtype)):
                 differing.append(f"{place} of {expert.name}")
-    for place, rows in _added_rows(merged, sources).items():
+    for place, expert_name, row, own in _added_rows(merged, sources):
         seen += 1
         try:
-            if not same_bits(merged.read(place), rows.contiguous()):
-                differing.append(place)
+            if not same_bits(merged.read(place)[row], own):
+                differing.append(f"{place} of {expert_name}")
         except Skip:
             unseen.append(place)
     _all_or_skip(differing, unseen, "exact copies", "the bits of the original experts")
     return f"{seen} tensors" if seen else "nothing is kept apart"
 
 
-def _added_rows(merged: MergedFolder, sources: Sources) -> dict[str, torch.Tensor]:
-    """Stored name -> the rows of the added tokens, from the original experts."""
+def _added_rows(merged: MergedFolder, sources: Sources) -> Iterator[tuple[str, str, int, torch.Tensor]]:
+    """(stored name, expert, row that its route reads, the expert's own row) of every added token that has a row.
+
+    Tokens are found by what they may be called: where an expert has left, the others keep the names that they got
+    beside it. In a static merge all read the mean of what experts tuned apart, which is passed over; so are all rows
+    there once an expert has left, since any may be a mean with its own.
+    """
     config, base, experts = merged.config, sources.base, sources.experts
-    if not config.added_tokens:
-        return {}
-    processors = {e.name: AutoProcessor.from_pretrained(e.processor_folder) for e in experts}
+    if not config.added_tokens or (config.decoupling["kind"] == "none" and _was_changed(merged)):
+        return
+    processors = {e.name: e.load_processor(sources.trust_remote_code) for e in experts}
     wanted: dict[str, list[str] | None] = {e.name: config.modalities(e.name) for e in experts}
-    configs, own = {e.name: e.config for e in experts}, sources.recipe.own_tokenizers
-    vocabulary = merge_vocabulary(sources.base_tokenizer, processors, configs, wanted, own)
-    tokens, stored = vocabulary.added_tokens, [token["token"] for token in config.added_tokens]
-    if [token.token for token in tokens] != stored:
-        raise Fault(f"config.json has the added tokens {stored}", f"{[token.token for token in tokens]}, the experts'")
-    names = base.vocabulary_names
-    rows = {expert.name: read_rows(expert, names, tokens) for expert in experts}
-    empty = torch.zeros(len(names), config.text_config.hidden_size, dtype=merged.dtype)
-    matrices, _ = lay_out(rows, stored, empty)
-    places = {base.embedding: "model.added_embeddings.weight", f"{HEAD}.weight": "added_head.weight"}
-    return {places[name]: matrix[: config.num_added_rows] for name, matrix in zip(names, matrices, strict=True)}
+    configs, own_ways = {e.name: e.config for e in experts}, sources.recipe.own_tokenizers
+    vocabulary = merge_vocabulary(sources.base_tokenizer, processors, configs, wanted, own_ways)
+    tokens, places = vocabulary.added_tokens, row_places(base)
+    rows = {expert.name: read_rows(expert, list(places), tokens) for expert in experts}
+    empty = torch.zeros(len(places), config.text_config.hidden_size, dtype=merged.dtype)
+    apart = lay_out(rows, [token.token for token in tokens], empty)[1] if config.decoupling["kind"] == "none" else {}
+    for name, read in zip(config.expert_names, config.added_rows()[FIRST_EXPERT_ROUTE:], strict=True):
+        stored = {t["token"]: place for place, t in enumerate(config.added_tokens) if name in t["experts"]}
+        for token in tokens:
+            if name not in token.experts:
+                continue
+            text = next((text for text in possible_texts(token.token, name, vocabulary) if text in stored), None)
+            if text is None:
+                raise Fault(f"config.json has no added token {token.token!r} of expert {name!r}", "the expert's")
+            place, own = stored.pop(text), rows[name].get(token.token)
+            if own is not None and token.token not in apart:
+                for matrix, row in zip(places.values(), own, strict=True):
+                    yield matrix, name, read[place], row.to(merged.dtype)
+        if stored:
+            raise Fault(f"config.json gives expert {name!r} the added tokens {list(stored)}", "those that it brings")
+
+
+def _was_changed(merged: MergedFolder) -> bool:
+    """Whether experts have joined or left since the merge."""
+    try:
+        return bool(merged.report.get("notes"))
+    except (Fault, Skip):
+        return False
 
 
 def check_load(merged: MergedFolder, sources: Sources) -> str:

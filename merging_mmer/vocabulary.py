@@ -7,7 +7,7 @@ its id, so text without added tokens is tokenized as the base does it.
 
 import copy
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,27 +61,29 @@ def merge_vocabulary(
     configs: dict[str, PreTrainedConfig],
     modalities: Mapping[str, list[str] | None] | None = None,
     own_tokenizers: Container[str] = (),
+    earlier: Vocabulary | None = None,
 ) -> Vocabulary:
-    """The merged vocabulary of the base and the experts, which are taken in their order.
+    """The merged vocabulary of the base and the experts, which are taken in their order, behind those of `earlier`.
 
     A placeholder that an earlier expert has becomes `<modality:expert>`; all other tokens are matched by text (see
     `_rename`). `modalities` narrows what experts bring (None: all); placeholders of the others are left out. Raises
     ValueError where an expert's tokenizer gives a token of the base another id, or none, where it splits ordinary
     text in another way (unless it is among `own_tokenizers`), and where an expert's placeholders cannot be found.
     """
-    tokenizer = copy.deepcopy(base_tokenizer)
+    vocabulary = copy.deepcopy(earlier or Vocabulary(base_tokenizer, [], {}))
+    tokenizer = vocabulary.tokenizer
     tokenizer.padding_side = "left"
     tokenizer.init_kwargs["padding_side"] = "left"  # what save_pretrained writes
     base = base_tokenizer.get_vocab()
-    vocabulary = Vocabulary(tokenizer, [], {})
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError("the base's tokenizer has neither a pad token nor an eos token: set one before merging")
         tokenizer.pad_token = tokenizer.eos_token
         vocabulary.warnings.append(f"the base has no pad token: {tokenizer.eos_token!r} pads")
-    wanted: dict[str, AddedVocabularyToken] = {}
-    flags: dict[str, AddedToken] = {}
-    taken: set[str] = set()
+    wanted = {token.token: token for token in vocabulary.added_tokens}
+    flags = {str(flag): flag for flag in tokenizer.added_tokens_decoder.values() if str(flag) in wanted}
+    taken = {token for entries in vocabulary.placeholders.values() for token, _ in entries.values()}
+    taken |= {written for entries in vocabulary.written.values() for written in entries.values()}
     for name, processor in processors.items():
         own = processor.tokenizer
         _check_base(name, base, own.get_vocab())
@@ -256,6 +258,15 @@ def _rename(
     return renamed
 
 
+def possible_texts(text: str, name: str, vocabulary: Vocabulary) -> list[str]:
+    """What an expert's token, called `text` in `vocabulary`, may be called beside other experts: see `_rename`."""
+    back = {renamed: own for own, renamed in vocabulary.renamed[name].items()}
+    own = back.get(text, text)
+    written = {vocabulary.written[name].get(m, token): m for m, (token, _) in vocabulary.placeholders[name].items()}
+    called = [f"<{written[text]}:{name}>"] if text in written else []
+    return [text, own, *called, _with_name(own, name), _with_name(_with_name(own, name), "word")]
+
+
 def _with_name(token: str, name: str) -> str:
     """<soft_token> -> <soft_token:name>, and likewise for other brackets."""
     found = re.fullmatch(r"(.*?)([|]?[>\])}]*)", token, re.DOTALL)
@@ -286,7 +297,8 @@ def _add(
     first_id: int,
 ):
     for text, token in wanted.items():
-        tokenizer.add_tokens([flags[text]], special_tokens=flags[text].special)
+        if token.id < 0:
+            tokenizer.add_tokens([flags[text]], special_tokens=flags[text].special)
         token.id = _id_of(tokenizer, text)
     ids = [token.id for token in wanted.values()]
     if len(set(ids)) != len(ids) or any(own_id < first_id for own_id in ids):
@@ -301,12 +313,18 @@ def build_processor(
     base_chat_template: str | dict[str, str] | None,
     text_route: str = AUTO,
     default_experts: dict[str, str] | None = None,
+    earlier: Sequence[dict[str, Any]] = (),
+    earlier_templates: Mapping[str, str] | None = None,
 ) -> MMERProcessor:
-    """The merged model's processor: the experts' own on the merged tokenizer, each with its own template."""
+    """The merged model's processor: the experts' own on the merged tokenizer, each with its own template.
+
+    `earlier`: experts that come before these, as `ExpertProcessor.to_dict` has them, and their templates.
+    """
     clash = set(base_chat_template if isinstance(base_chat_template, dict) else ()) & set(processors)
     if clash:
         raise ValueError(f"the base has chat templates called {sorted(clash)}, like experts: rename these experts")
-    experts, templates = [], {}
+    experts: list[Any] = list(earlier)
+    templates = dict(earlier_templates or {})
     for name, processor in processors.items():
         renamed = vocabulary.renamed[name]
         own_templates = processor.chat_template or getattr(processor.tokenizer, "chat_template", None) or {}

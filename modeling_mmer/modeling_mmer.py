@@ -27,6 +27,7 @@ from .routing_mmer import RoutedWeight, RoutePlan, embed_rows, install_routing, 
 from .towers_mmer import build_tower, has_media, tower_features
 
 TextRoute = str | list[str] | torch.Tensor
+_ADDED_ROWS = 64
 
 
 @dataclass
@@ -276,10 +277,14 @@ class MMERForConditionalGeneration(MMERPreTrainedModel, MMERGenerationMixin):  #
     # logits
 
     def _scaled(self, logits: torch.Tensor) -> torch.Tensor:
-        """What the base's ForCausalLM class does to its logits: granite divides, cohere multiplies, gemma2 caps."""
+        """What the base's ForCausalLM class does to its logits: granite divides, cohere and hyperclovax multiply,
+        gemma2 caps.
+        """
         text = self.config.text_config
         if text.model_type.startswith("granite"):
             logits = logits / text.logits_scaling
+        if text.model_type.startswith("hyperclovax"):
+            logits = logits * text.logits_scaling
         if text.model_type.startswith("cohere") and text.logit_scale is not None:
             logits = logits * text.logit_scale
         cap = getattr(text, "final_logit_softcapping", None)
@@ -297,10 +302,7 @@ class MMERForConditionalGeneration(MMERPreTrainedModel, MMERGenerationMixin):  #
         config = self.config
         if base_only or not config.added_tokens:
             return logits
-        weight = (
-            self.model.added_embeddings.weight if config.text_config.tie_word_embeddings else self.added_head.weight
-        )
-        added = self._scaled(nn.functional.linear(hidden, weight.to(hidden.dtype))).to(logits.dtype)
+        added = self._scaled(self._added_products(hidden)).to(logits.dtype)
         routes = plan.route_ids.to(hidden.device)
         added = added.gather(-1, torch.tensor(config.added_rows(), device=hidden.device)[routes])
         known = torch.tensor(self._known_tokens(), device=hidden.device)[routes]
@@ -311,10 +313,22 @@ class MMERForConditionalGeneration(MMERPreTrainedModel, MMERGenerationMixin):  #
         unknown = logits[..., ids].masked_fill((routes != BASE_ROUTE).unsqueeze(-1), -torch.inf)
         return logits.index_copy(-1, ids, torch.where(known, added, unknown))
 
+    def _added_products(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(batch, positions, rows of added tokens). A product over more rows rounds differently, and a token that
+        joins later is to leave the others' logits as they are: so all blocks are of one size.
+        """
+        tied = self.config.text_config.tie_word_embeddings
+        weight = (self.model.added_embeddings if tied else self.added_head).weight.to(hidden.dtype)
+        blocks = nn.functional.pad(weight, (0, 0, 0, -len(weight) % _ADDED_ROWS)).split(_ADDED_ROWS)
+        return torch.cat([nn.functional.linear(hidden, block) for block in blocks], -1)[..., : len(weight)]
+
     def _known_tokens(self) -> list[list[bool]]:
-        """(routes, added tokens): an expert writes its own added tokens, the merged route all; placeholders nobody."""
+        """(routes, added tokens): an expert writes its own added tokens, the merged route all that an expert has;
+        placeholders nobody.
+        """
         config = self.config
-        words = [token["id"] not in config.placeholder_experts() for token in config.added_tokens]
+        hidden = config.placeholder_experts()
+        words = [bool(token["experts"]) and token["id"] not in hidden for token in config.added_tokens]
         experts = [
             [word and name in token["experts"] for word, token in zip(words, config.added_tokens)]
             for name in config.experts
