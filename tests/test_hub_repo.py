@@ -15,7 +15,7 @@ from merging_mmer import Recipe, merge
 from modeling_mmer import MMERForConditionalGeneration
 from tests import tiny_world
 
-CONSUMER = Path(__file__).with_name("consume_repo.py")
+CONSUMER = "consume_repo.py"
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +26,10 @@ def merged(tmp_path_factory):
     return folder / "mmer-tiny", folder / "world"
 
 
-def consume(repo: Path, scratch: Path) -> subprocess.CompletedProcess:
+def run_consumer(script: str, repo: Path, scratch: Path) -> subprocess.CompletedProcess:
+    """One of the scripts beside this file, in a process of its own; what it saw is in SCRATCH/facts.json."""
     scratch.mkdir()
-    command = [sys.executable, CONSUMER, repo, scratch, scratch / "facts.json"]
+    command = [sys.executable, Path(__file__).with_name(script), repo, scratch, scratch / "facts.json"]
     # a folder that is not the checkout, and no path that leads to it
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return subprocess.run(command, cwd=scratch, env=clean, capture_output=True, text=True)
@@ -36,7 +37,7 @@ def consume(repo: Path, scratch: Path) -> subprocess.CompletedProcess:
 
 def test_a_user_can_do_everything_without_our_packages(merged, tmp_path):
     repo, _ = merged
-    done = consume(repo, tmp_path / "scratch")
+    done = run_consumer(CONSUMER, repo, tmp_path / "scratch")
     assert done.returncode == 0, done.stderr[-4000:]
     facts = json.loads((tmp_path / "scratch/facts.json").read_text())
     assert facts["experts"] == ["image", "audio"]
@@ -56,7 +57,7 @@ def test_a_repo_that_lacks_a_file_fails_there(merged, tmp_path):
     for path in repo.iterdir():
         if path.name != "routing_mmer.py":
             (broken / path.name).symlink_to(path)
-    done = consume(broken, tmp_path / "scratch")
+    done = run_consumer(CONSUMER, broken, tmp_path / "scratch")
     assert done.returncode != 0 and "routing_mmer" in done.stderr
 
 

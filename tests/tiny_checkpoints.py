@@ -16,6 +16,7 @@ from transformers import (
     VideoLlavaConfig,
 )
 
+from configuration_mmer.composed_config_mmer import ComposedConfig
 from merging_mmer.naming import class_on_meta
 
 ROWS = 96
@@ -33,6 +34,7 @@ _AUDIO = dict(
     model_type="qwen2_audio_encoder", d_model=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=24,
     num_mel_bins=8, max_source_positions=10,
 )  # fmt: skip
+_POINTS = dict(kind="point_bert", point_dims=6, groups=4, group_size=3, group_width=8, width=8, depth=1, heads=2)
 
 
 def text(kind: str = "llama", rows: int = ROWS, **changes):
@@ -52,6 +54,10 @@ def config(kind: str, llm):
         ),
         "video_llava": lambda: VideoLlavaConfig(
             text_config=llm, vision_config=_CLIP, image_token_index=first, video_token_index=second
+        ),
+        "points": lambda: ComposedConfig(
+            text_config=llm, encoders={"point_cloud": _POINTS}, point_cloud_token_id=first,
+            connectors={"point_cloud": {"widths": [_POINTS["width"], 24, llm.hidden_size]}},
         ),
         "qwen2_audio": lambda: Qwen2AudioConfig(text_config=llm, audio_config=_AUDIO, audio_token_index=first),
         "smolvlm": lambda: SmolVLMConfig(
