@@ -192,7 +192,7 @@ def remove_command(
 def demo(
     out: Annotated[Path, typer.Option(help="the folder to make")] = Path("mmer-demo"),
 ):
-    """Merge two real experts on SmolLM2-135M-Instruct, and ask about a picture, a sound, both, and plain text."""
+    """Merge five real experts on SmolLM2-135M-Instruct, and ask about a picture, a sound, a clip, a chair and text."""
     with _plain_errors():
         lab_demo.run(out, lambda recipe, folder: merge(recipe, folder, overwrite=(folder / MARK).is_file()), console)
 

@@ -44,16 +44,7 @@ def merged_scores(items: dict[str, list], settings: dict[str, Any]) -> dict[str,
 
 
 def row(task: str, stage: str, score: Score, expert: Score) -> dict[str, Any]:
-    low, high = score.interval
-    return {
-        "task": task,
-        "stage": stage,
-        "n": len(score.right),
-        "accuracy": score.accuracy,
-        "interval": [low, high],
-        "retention": score.retention(expert),
-        "agreement": score.agreement(expert),
-    }
+    return {"task": task, "stage": stage, **score.against(expert)}
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

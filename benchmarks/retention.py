@@ -73,11 +73,7 @@ def row(table: Table, label: str, score: Score, base: Score, report: Any = None,
     values = {
         "expert": name,
         "parameters": label,
-        "n": len(score.right),
-        "accuracy": score.accuracy,
-        "interval": [low, high],
-        "retention": score.retention(base),
-        "agreement": score.agreement(base),
+        **score.against(base),
         "residual": cost["total"]["residual"] if cost else None,
         "bits_per_parameter": cost["bits_per_parameter"] if cost else None,
     }
@@ -89,8 +85,13 @@ def row(table: Table, label: str, score: Score, base: Score, report: Any = None,
 
 
 def keep(path: Path, rows: list[dict[str, Any]]):
-    """Put rows into a JSON file, each in place of an older one of the same expert and parameters."""
+    """Put rows into a JSON file, each in place of an older one of the same expert and parameters.
+
+    Raises SystemExit where the file holds rows of another experiment: other experts merged, items or seed.
+    """
     old = json.loads(path.read_text()) if path.is_file() else []
+    if others := [row for row in old if any(row[key] != rows[0][key] for key in ("n", "seed", "merged"))]:
+        raise SystemExit(f"{path} holds {len(others)} rows of another experiment: give another file")
     all_rows = {(row["expert"], row["parameters"]): row for row in [*old, *rows]}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(list(all_rows.values()), indent=1) + "\n")
@@ -122,6 +123,8 @@ def main():
         print(markdown(arguments.markdown))
         return
     names = arguments.experts.split(",")
+    if strangers := set(arguments.only or []) - {"default", *SWEEP}:
+        parser.error(f"--only: found {sorted(strangers)}, expected some of {['default', *SWEEP]}")
     items = {name: load_items(name, "test", arguments.items, arguments.seed) for name in names}
     originals = {name: original(name, items[name]) for name in names}
     table = Table(
@@ -143,7 +146,8 @@ def main():
             processor = AutoProcessor.from_pretrained(out, trust_remote_code=True)
             decode = lambda tokens: processor.batch_decode(tokens, skip_special_tokens=True)  # noqa: E731
             for name in names:
-                prompts.setdefault(name, merged_inputs(processor, name, items[name]))
+                if name not in prompts:
+                    prompts[name] = merged_inputs(processor, name, items[name])
                 routes: dict[str, int | None] = {f"decoupled: {label}": None}
                 if label == "default":
                     routes = {"base parameters": 0, "TIES merged everywhere": 1, **routes}
@@ -155,7 +159,7 @@ def main():
                     print(json.dumps(rows[-1]), flush=True)
             print(f"{label}: {time.monotonic() - started:.0f} s", flush=True)
         if arguments.json:
-            keep(arguments.json, rows)
+            keep(arguments.json, [{**entry, "seed": arguments.seed, "merged": names} for entry in rows])
     Console(width=150).print(table)
 
 

@@ -1,4 +1,4 @@
-"""`mmer demo`: two real experts on a real LLM, merged, loaded as any user would, and asked.
+"""`mmer demo`: five real experts on a real LLM, merged, loaded as any user would, and asked.
 
 Enters: the lab's base and experts, built from packages. Leaves: a merged folder, and on the screen the answers to a
 picture, a sound, a clip, a point cloud, all of them in one prompt and plain text, with the route that each span of

@@ -49,6 +49,16 @@ class Score:
             raise ValueError("the original expert answers nothing right: retention has no meaning")
         return self.accuracy / original.accuracy
 
+    def against(self, original: "Score") -> dict[str, Any]:
+        """What tables show of it: n, accuracy, interval, retention and agreement."""
+        return {
+            "n": len(self.right),
+            "accuracy": self.accuracy,
+            "interval": list(self.interval),
+            "retention": self.retention(original),
+            "agreement": self.agreement(original),
+        }
+
     def agreement(self, original: "Score") -> float:
         """The share of items that both answer with the same words."""
         same = [a == b for a, b in zip(self.answers, original.answers, strict=True)]

@@ -186,12 +186,19 @@ class ComposedModel(ComposedPreTrainedModel):
     def embed(self, input_ids: torch.Tensor, media: dict[str, torch.Tensor]) -> torch.Tensor:
         """(batch, sequence, hidden): the rows of the ids, the features at their placeholders.
 
-        Raises ValueError where placeholders and features differ in number.
+        Raises ValueError where placeholders and features differ in number, and for media that this expert cannot take.
         """
-        embeds = self.get_input_embeddings()(input_ids)
-        for modality, token in self.config.token_ids().items():
+        embeds, placeholders = self.get_input_embeddings()(input_ids), self.config.token_ids()
+        strangers = [
+            name for m, name in MEDIA_ARGUMENTS.items() if media.get(name) is not None and m not in placeholders
+        ]
+        if strangers:
+            raise ValueError(f"this expert takes {sorted(placeholders)}, found {', '.join(strangers)}")
+        for modality, token in placeholders.items():
             name = MEDIA_ARGUMENTS[modality]
             if media.get(name) is None:
+                if bool((input_ids == token).any()):
+                    raise ValueError(f"{modality} tokens stand in the text, but there is no {name}")
                 continue
             inputs = {name: media[name]}
             if modality == "audio" and media.get("feature_attention_mask") is not None:

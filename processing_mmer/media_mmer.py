@@ -121,8 +121,9 @@ def read_image(source: Any) -> Any:
 def read_audio(source: Any, rate: int, given_rate: int | None = None) -> np.ndarray:
     """One channel of sound, float32 (samples,), at `rate` Hz.
 
-    Channels of a file are averaged, whole-number samples are scaled to [-1, 1). `given_rate` is that of arrays; where
-    it or a file's own differs from `rate` the sound is resampled.
+    Channels of a file are averaged; int16, int32 and uint8 samples, as files hold them, are scaled to [-1, 1), other
+    whole numbers are refused, since they do not say their scale. `given_rate` is that of arrays; where it or a file's
+    own differs from `rate` the sound is resampled.
     """
     if isinstance(source, dict):
         given_rate = source.get("sampling_rate", given_rate)
@@ -137,8 +138,15 @@ def read_audio(source: Any, rate: int, given_rate: int | None = None) -> np.ndar
         wave = np.asarray(source.detach().cpu() if hasattr(source, "detach") else source)
     if wave.ndim != 1 or len(wave) == 0:
         raise ValueError(f"{origin}: found shape {wave.shape}, expected (samples,), one channel that is not empty")
-    if np.issubdtype(wave.dtype, np.integer):
+    if wave.dtype == np.uint8:  # 8-bit wav has its middle at 128
+        wave = (wave.astype(np.float32) - 128) / 128
+    elif wave.dtype in (np.int16, np.int32):
         wave = wave / (np.iinfo(wave.dtype).max + 1)
+    elif not np.issubdtype(wave.dtype, np.floating):
+        raise ValueError(
+            f"{origin}: found samples of type {wave.dtype}, expected floats in [-1, 1], int16, int32 or uint8. Give "
+            "the array the type that the file had, such as numpy.asarray(samples, dtype='int16')"
+        )
     wave = wave.astype(np.float32, copy=False)
     if given_rate is None or given_rate == rate:
         return wave

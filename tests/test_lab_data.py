@@ -2,6 +2,7 @@
 
 import gzip
 import itertools
+import re
 import struct
 import zipfile
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from evaluation_mmer.lab import clips, datasets, debian, digits, experts, fashion, furniture, speech
+from evaluation_mmer.lab.cache import LabError
 
 
 def quiet(_: str) -> None:
@@ -91,6 +93,12 @@ def test_each_mesh_is_in_one_split_and_its_clouds_stand_upright(tmp_path, monkey
     library = tmp_path / "library"
     library.mkdir()
     monkeypatch.setattr(furniture, "INSTALLED", box_library(library, boxes=10))
+    with pytest.raises(RuntimeError, match="list of 100 meshes has sha256 .*version 1.8"):
+        furniture.clouds("test", tmp_path / "cache", quiet)
+    known = re.findall(
+        r"sha256 (\w{64}), expected", str(pytest.raises(LabError, furniture.build, tmp_path, quiet).value)
+    )
+    monkeypatch.setattr(furniture, "LIST_SHA256", known[0])
     splits = {split: furniture.clouds(split, tmp_path / "cache", quiet) for split in furniture.SPLITS}
     assert {split: len(clouds) // clouds.views for split, clouds in splits.items()} == {
         "train": 60, "validation": 10, "test": 30,

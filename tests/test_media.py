@@ -115,6 +115,10 @@ def test_resampled_length_is_the_duration(samples, rate, wanted):
 
 def test_whole_number_samples_are_scaled():
     assert read_audio(np.array([-32768, 0, 16384], dtype=np.int16), 16000).tolist() == [-1.0, 0.0, 0.5]
+    assert read_audio(np.array([-(2**31), 2**30], dtype=np.int32), 16000).tolist() == [-1.0, 0.5]
+    assert read_audio(np.array([128, 0, 192], dtype=np.uint8), 16000).tolist() == [0.0, -1.0, 0.5]
+    with pytest.raises(ValueError, match="samples of type int64.*dtype='int16'"):
+        read_audio([0, 12000, -12000], 16000)
 
 
 def test_a_video_is_the_same_as_file_array_and_frames(everything, tmp_path):

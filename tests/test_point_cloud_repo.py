@@ -45,6 +45,15 @@ def test_a_user_asks_about_point_clouds_without_our_packages(merged, tmp_path):
     assert facts["change"] > 1e-3 and len({tuple(answer) for answer in facts["answers"]}) > 1
 
 
+def test_the_expert_alone_refuses_a_prompt_without_its_media(merged):
+    _, expert = merged
+    ids = torch.tensor([[7, tiny.ROWS, 8]])
+    with pytest.raises(ValueError, match="point_cloud tokens stand in the text, but there is no point_clouds"):
+        expert(input_ids=ids)
+    with pytest.raises(ValueError, match="takes .'point_cloud'., found pixel_values"):
+        expert(input_ids=ids, pixel_values=torch.zeros(1, 3, 8, 8))
+
+
 def test_its_tower_is_the_experts_own(merged):
     repo, expert = merged
     stored = tiny.tensors(repo)

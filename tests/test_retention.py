@@ -38,6 +38,14 @@ def test_retention_and_agreement_by_hand():
         merged.retention(Score(("x",), (False,)))
 
 
+def test_what_tables_show_of_a_score():
+    original = Score(("a", "b", "c", "d"), (True, True, False, True))
+    merged = Score(("a", "b", "x", "y"), (True, True, False, False))
+    shown = merged.against(original)
+    assert shown.pop("interval") == list(wilson(2, 4))
+    assert shown == {"n": 4, "accuracy": 0.5, "retention": pytest.approx(2 / 3), "agreement": 0.5}
+
+
 def test_evaluate_sends_all_tokens_through_the_asked_route():
     class Echo:
         def generate(self, input_ids, **kwargs):

@@ -89,7 +89,10 @@ class Trainee:
         config = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules=LINEARS, bias="none")
         self.peft = get_peft_model(self.model, config)
         if start:
-            set_peft_model_state_dict(self.peft, load_file(start / "adapter_model.safetensors"))
+            found = set_peft_model_state_dict(self.peft, load_file(start / "adapter_model.safetensors"))
+            lost = [*found.unexpected_keys, *(key for key in found.missing_keys if "lora_" in key)]
+            if lost:
+                raise SystemExit(f"{start}: {len(lost)} tensors of its adapter do not fit, such as {lost[0]}")
         self.projector.requires_grad_(True)
 
     def logits(self, prefix: torch.Tensor, batch: Batch) -> torch.Tensor:

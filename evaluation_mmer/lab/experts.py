@@ -30,6 +30,7 @@ from .towers import write_tower
 
 STORED = Path(__file__).parent
 ENCODERS = {"image": dinov2.build, "digits": dinov2.build, "video": dinov2.build, "audio": whisper.build}
+OWN_ENCODER = ("encoder.json", "encoder.safetensors")  # of an expert whose encoder no package brings
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -76,7 +77,9 @@ def build_expert(
         for file in ADAPTER_FILES:
             shutil.copyfile(parts[file], folder / "lora" / file)
 
-    digest = hashlib.sha256(b"".join(part.read_bytes() for part in parts.values())).hexdigest()
+    own_encoder = [] if name in ENCODERS else [STORED / name / file for file in OWN_ENCODER]
+    sources = [*parts.values(), *own_encoder, *(STORED / file for file in ("layouts.py", "towers.py"))]
+    digest = hashlib.sha256(b"".join(part.read_bytes() for part in sources)).hexdigest()
     folder = publish(lab_root(cache) / "experts" / f"{name}-{digest[:8]}", write)
     facts = json.loads((data / "expert.json").read_text()) if (data / "expert.json").is_file() else {}
     modality = LAYOUTS[name].media_type

@@ -6,6 +6,7 @@ two variants of one design may be in two. A mesh gives the `VIEWS` of its split,
 stretched a little and thinned by a seed of its own.
 """
 
+import hashlib
 import os
 import re
 import tempfile
@@ -40,6 +41,7 @@ WORDS = {
 _BEHIND = r"( with .*| [0-9] (seats|panes)| small panes| on trestles| artwork|)"
 CLASSES = tuple(WORDS)
 SPLITS = ("train", "validation", "test")
+LIST_SHA256 = "35a72b3d4e05b0f95eedb1ef07d2ed093a4fc0c08c0c1da8f646c76b5beca361"  # of version 1.8
 TEST, VALIDATION = 0.3, 0.1  # of a class's meshes
 VIEWS = {"train": 64, "validation": 8, "test": 5}
 STORED_POINTS, POINTS = 4096, 2048
@@ -90,12 +92,24 @@ def build(cache: str | os.PathLike[str] | None = None, progress: Progress = say)
         with unpacked(DEBIAN_PACKAGE, INSTALLED, 120, "CC0, CC BY", folder.parent, progress) as library:
             progress("sampling points from the meshes")
             places, kinds, points = zip(*meshes(library))
+        check_list(places, kinds)
         clouds = np.stack(points).astype(np.float32)
         low, high = clouds.min(1, keepdims=True), clouds.max(1, keepdims=True)
         clouds = (clouds - (low + high) / 2) / (high - low).max(-1, keepdims=True)  # within ±0.5
         np.savez_compressed(folder / _FILE, places=places, kinds=kinds, points=clouds.astype(np.float16))
 
     return publish(lab_root(cache) / "datasets" / "furniture", write)
+
+
+def check_list(places: Sequence[str], kinds: Sequence[str]) -> None:
+    """Raises LabError for another list of meshes than the experts were trained on: it would be split otherwise."""
+    lines = "\n".join(f"{place}\t{kind}" for place, kind in zip(places, kinds, strict=True))
+    found = hashlib.sha256(lines.encode()).hexdigest()
+    if found != LIST_SHA256:
+        raise LabError(
+            f"{DEBIAN_PACKAGE}: the list of {len(places)} meshes has sha256 {found}, expected {LIST_SHA256}. Another "
+            "version of the library would put meshes that were trained on into the test split; version 1.8 is wanted"
+        )
 
 
 class Clouds(Sequence):
