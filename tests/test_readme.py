@@ -12,13 +12,17 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from evaluation_mmer.demo import samples
+from evaluation_mmer.demo import EXPERTS, samples
 from merging_mmer import Recipe
 from mmer import app
 
+from .tiny_misfits import REFUSED
+from .tiny_stock import STOCK
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-RESULTS = ROOT / "benchmarks/results/retention.json"
+BENCHMARKS = (ROOT / "benchmarks/README.md").read_text()
+RESULTS = ROOT / "benchmarks/results"
 
 
 def blocks(language: str) -> list[str]:
@@ -69,11 +73,19 @@ def test_the_test_command_is_what_ci_runs():
     assert '-e ".[test]"' in steps and "python -m pytest\n" in steps
 
 
-def test_the_table_is_what_was_measured():
-    rows = {(row["expert"], row["parameters"]): row for row in json.loads(RESULTS.read_text())}
+@pytest.mark.parametrize(
+    ("text", "file", "experts"),
+    [
+        (section("What is retained"), "retention.json", EXPERTS),
+        (BENCHMARKS, "retention-two-experts.json", ("image", "audio")),
+    ],
+    ids=["five experts", "two experts"],
+)
+def test_a_table_is_what_was_measured(text, file, experts):
+    rows = {(row["expert"], row["parameters"]): row for row in json.loads((RESULTS / file).read_text())}
     cells = r" ([^|]+) \|" * 5
-    shown = re.findall(rf"^\| (image|audio) \|{cells}", section("What is retained"), re.MULTILINE)
-    assert len(shown) >= 8
+    shown = re.findall(rf"^\| ({'|'.join(experts)}) \|{cells}", text, re.MULTILINE)
+    assert len(shown) == len(rows) >= 8 and {expert for expert, *_ in shown} == set(experts)
     for expert, parameters, accuracy, retention, same, bits in shown:
         row = rows[expert, parameters.strip()]
         low, high = row["interval"]
@@ -82,7 +94,29 @@ def test_the_table_is_what_was_measured():
         assert same.strip() == f"{row['agreement']:.1%}"
         cost = row["bits_per_parameter"]
         assert bits.strip() == ("–" if cost is None else f"{cost:.2f}")
-        assert row["n"] >= 400
+        assert row["n"] >= 400 and row["merged"] == list(experts)
+
+
+def test_what_was_forgotten_is_what_was_measured():
+    rows = json.loads((RESULTS / "forgetting.json").read_text())
+    assert len(rows) >= 8 and all(row["n"] >= 400 for row in rows)
+    for row in rows:
+        low, high = row["interval"]
+        line = f"| {row['task']} | {row['stage']} | {row['accuracy']:.1%} ({low:.1%} – {high:.1%}) | "
+        assert f"{line}{row['retention']:.1%} | {row['agreement']:.1%} |" in section("What is forgotten")
+
+
+def test_the_classes_that_fit_and_that_do_not_are_those_that_are_tested():
+    fits, misfits = section("Merge your own").split("What does not fit")
+    listed = {
+        row: set(re.findall(r"[a-z0-9_-]+", classes))
+        for text in (fits, misfits)
+        for row, classes in re.findall(r"^\| (.*?) \| (.*?) \|$", text, re.MULTILINE)
+    }
+    assert set().union(*(names for row, names in listed.items() if row.startswith("transformers, "))) == set(STOCK)
+    assert set().union(*(names for row, names in listed.items() if row in misfits and "---" not in row)) - {
+        "classes"
+    } == set(REFUSED)
 
 
 def test_user_mistakes_are_one_line():
@@ -101,8 +135,8 @@ def test_the_demo_prints_what_the_readme_shows_and_its_folder_loads(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     shown = re.search(r"```text\n(.*?)```", section("Two commands"), re.DOTALL)[1]
     # times and tables differ from machine to machine; questions, answers and routes do not
-    lines = [line.strip() for line in shown.splitlines() if line.startswith(("a ", "both", "text alone", "  "))]
-    assert len(lines) >= 15
+    lines = [line.strip() for line in shown.splitlines() if line.startswith(("a ", "all four", "text alone", "  "))]
+    assert len(lines) >= 40
     printed = " ".join(done.stdout.split())
     for line in lines:
         assert " ".join(line.split()) in printed, f"the README shows {line!r}, the demo printed:\n{done.stdout}"
