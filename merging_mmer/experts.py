@@ -15,8 +15,10 @@ from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, ProcessorM
 
 from configuration_mmer.composed_config_mmer import ComposedConfig
 
+from .adapter_tokenizer import holds_processor, with_own_tokenizer
 from .checkpoints import MODEL_FILES, Checkpoint, fetch
 from .fitness import check_fitness
+from .head_check import check_head
 from .layout_parts import TRAINED_FILE
 from .layouts import Order, Reading, read_layout
 from .lora import CONFIG_FILE, LoraAdapter, adapters_inside, fetch_adapter, is_adapter, read_adapter_config
@@ -31,7 +33,7 @@ SAME_FIELDS = (
     "rope_parameters", "attention_bias", "mlp_bias", "layer_types", "num_experts", "num_local_experts",
     "num_experts_per_tok", "attn_logit_softcapping", "final_logit_softcapping", "logit_scale",
     "residual_multiplier", "embedding_multiplier", "attention_multiplier", "logits_scaling", "query_pre_attn_scalar",
-    "use_qk_norm",
+    "use_qk_norm", "sliding_window", "no_rope_layers", "clip_qkv", "norm_eps", "norm_epsilon", "layer_norm_epsilon",
 )  # fmt: skip
 
 # ‖θᵢ-θ₀‖ / ‖θ₀‖ over the matrices. Fine-tunes lie far below (LoRA and full tuning: 0.004 to 0.2), unrelated models
@@ -86,6 +88,7 @@ class Base:
         self.full_names, tower = split_names(model)
         if tower:
             raise ValueError(f"{self.folder}: {type(model).__name__} has a tower; give the bare LLM as base")
+        check_head(model, self.config)
         self.tied = bool(self.config.tie_word_embeddings)
         head = self.full_names.pop(f"{HEAD}.weight", None) if self.tied else None
         self._tied_head = head
@@ -139,10 +142,7 @@ class Expert:
 
     def __post_init__(self):
         own = self.adapter_folder
-        holds_processor = own is not None and any(
-            (own / n).is_file() for n in ("processor_config.json", "preprocessor_config.json")
-        )
-        self.processor_folder = own if own is not None and holds_processor else self.tower_folder
+        self.processor_folder = own if own is not None and holds_processor(own) else self.tower_folder
 
     def _stored(self, name: str) -> torch.Tensor:
         full = self.llm[name]
@@ -201,8 +201,14 @@ class Expert:
 
     def load_processor(self, trust_remote_code: bool = False) -> ProcessorMixin:
         if self.reading is not None:
-            return self.reading.make_processor()
-        return AutoProcessor.from_pretrained(self.processor_folder, trust_remote_code=trust_remote_code)
+            processor = self.reading.make_processor()
+        else:
+            processor = AutoProcessor.from_pretrained(self.processor_folder, trust_remote_code=trust_remote_code)
+        if self.adapter is None or self.adapter_folder in (None, self.processor_folder):
+            return processor
+        matrices = {self.llm[name] for name in (self.base.embedding, f"{HEAD}.weight") if name in self.llm}
+        trained = bool(matrices & self.adapter.changed)
+        return with_own_tokenizer(self.name, processor, self.adapter_folder, trained)
 
     def files(self) -> list[Path]:
         """Every file that was read of it, weights first."""

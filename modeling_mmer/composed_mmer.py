@@ -19,6 +19,7 @@ from configuration_mmer.composed_config_mmer import ComposedConfig
 
 from .beats_mmer import Beats, GatedAttention, PositionConv
 from .cache_mmer import CACHE, one_cache
+from .head_scales_mmer import scaled_hidden, scaled_logits
 from .language_bind_mmer import LanguageBindVideo
 from .point_bert_mmer import PointBert
 from .qformer_mmer import QFormer
@@ -293,10 +294,11 @@ class ComposedForConditionalGeneration(ComposedPreTrainedModel, GenerationMixin)
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        text = self.config.text_config
+        logits = scaled_logits(text, self.lm_head(scaled_hidden(text, outputs.last_hidden_state[:, kept])))
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=text.vocab_size)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -23,6 +23,7 @@ from configuration_mmer.routes_mmer import BASE_ROUTE, route_tokens
 
 from .cache_mmer import CACHE, one_cache
 from .generation_mmer import MMERGenerationMixin
+from .head_scales_mmer import scaled_hidden, scaled_logits
 from .routing_mmer import RoutedWeight, RoutePlan, embed_rows, install_routing, route_scope, route_weight_of
 from .towers_mmer import build_tower, has_media, tower_features
 
@@ -276,33 +277,18 @@ class MMERForConditionalGeneration(MMERPreTrainedModel, MMERGenerationMixin):  #
 
     # logits
 
-    def _scaled(self, logits: torch.Tensor) -> torch.Tensor:
-        """What the base's ForCausalLM class does to its logits: granite divides, cohere and hyperclovax multiply,
-        gemma2 caps.
-        """
-        text = self.config.text_config
-        if text.model_type.startswith("granite"):
-            logits = logits / text.logits_scaling
-        if text.model_type.startswith("hyperclovax"):
-            logits = logits * text.logits_scaling
-        if text.model_type.startswith("cohere") and text.logit_scale is not None:
-            logits = logits * text.logit_scale
-        cap = getattr(text, "final_logit_softcapping", None)
-        if cap is not None:
-            logits = torch.tanh(logits / cap) * cap
-        return logits
-
     def _logits(self, hidden: torch.Tensor, plan: RoutePlan, base_only: bool) -> torch.Tensor:
         """(batch, positions, hidden) -> (batch, positions, vocabulary). Added tokens a route does not know get -inf.
 
         The added tokens' columns are left out with `base_only`: even a softmax over more columns rounds differently.
         """
+        config, text = self.config, self.config.text_config
+        hidden = scaled_hidden(text, hidden)
         with route_scope(plan):
-            logits = self._scaled(self.lm_head(hidden))
-        config = self.config
+            logits = scaled_logits(text, self.lm_head(hidden))
         if base_only or not config.added_tokens:
             return logits
-        added = self._scaled(self._added_products(hidden)).to(logits.dtype)
+        added = scaled_logits(text, self._added_products(hidden)).to(logits.dtype)
         routes = plan.route_ids.to(hidden.device)
         added = added.gather(-1, torch.tensor(config.added_rows(), device=hidden.device)[routes])
         known = torch.tensor(self._known_tokens(), device=hidden.device)[routes]

@@ -5,7 +5,6 @@ placeholder has become as many as its medium has features (and what is written a
 `Composed` classes take. Invariant: the number of placeholders is the number of features, whatever the medium.
 """
 
-import os
 from typing import Any
 
 from transformers import BatchFeature
@@ -14,7 +13,7 @@ from transformers.processing_utils import ProcessorMixin
 from configuration_mmer.routes_mmer import MODALITIES
 
 from .fbank_mmer import FbankFeatureExtractor  # noqa: F401  (its class is found by name)
-from .media_mmer import ARGUMENTS
+from .media_mmer import ARGUMENTS, Media, sort_media
 from .point_clouds_mmer import PointCloudProcessor  # noqa: F401  (its class is found by name)
 from .processor_classes_mmer import class_by_name, own_class
 from .video_frames_mmer import LanguageBindVideoProcessor  # noqa: F401  (its class is found by name)
@@ -93,10 +92,11 @@ class ComposedProcessor(ProcessorMixin):
         sampling_rate: int | None = None,
         **kwargs,
     ) -> BatchFeature:
-        """Texts with one placeholder for each medium, and all media in that order.
+        """Texts with one placeholder for each medium, and all media in that order, or one list of them per text.
 
         Text settings (padding, truncation, return_tensors, …) are taken flat or in text_kwargs, settings of a part in
-        images_kwargs, videos_kwargs, audio_kwargs. Raises ValueError where placeholders and media differ in number.
+        images_kwargs, videos_kwargs, audio_kwargs. Raises ValueError where placeholders and media differ in number: in
+        all, or in one text where media are given per text.
         """
         given = {"image": images, "video": videos, "audio": audio, "point_cloud": point_clouds}
         words = {**kwargs.pop("text_kwargs", {})}
@@ -106,19 +106,18 @@ class ComposedProcessor(ProcessorMixin):
         texts = [text] if isinstance(text, str) else list(text or [])
         made: dict[str, Any] = {}
         for modality, media in given.items():
-            items = [] if media is None else _flat(modality, media)
+            none = media is None or (isinstance(media, (list, tuple)) and not media)
+            own = Media([]) if none else sort_media(modality, media, len(texts) if texts else None)
             token = getattr(self, f"{modality}_token", None)
-            if items and modality not in self.modalities:
+            if own.items and modality not in self.modalities:
                 raise ValueError(f"{ARGUMENTS[modality]}: this expert takes {self.modalities}")
             if texts and token is not None:
-                placed = sum(one.count(token) for one in texts)
-                if placed != len(items):
-                    raise ValueError(f"{placed} {token} in the text, but {len(items)} in {ARGUMENTS[modality]}")
+                _check_counts(texts, token, modality, own)
                 texts = [one.replace(token, self.written_out(modality)) for one in texts]
-            if items:
+            if own.items:
                 rate = {"sampling_rate": sampling_rate} if modality == "audio" and sampling_rate else {}
                 part = getattr(self, _PARTS[modality])
-                made.update(part(items, return_tensors=tensor_type, **{**rate, **settings[modality]}))
+                made.update(part(own.items, return_tensors=tensor_type, **{**rate, **settings[modality]}))
         made.pop("video_metadata", None)
         encoded = dict(self.tokenizer(texts, return_tensors=tensor_type, **words)) if texts else {}
         return BatchFeature({**encoded, **made})
@@ -136,16 +135,15 @@ def _part(values: Any) -> Any:
     return kind.from_dict(values["settings"])
 
 
-def _flat(modality: str, media: Any) -> list[Any]:
-    """One medium, a list of them, or one list per sample -> a list."""
-    ranks = {"image": 3, "video": 4, "audio": 1, "point_cloud": 2}
-    one = isinstance(media, (str, os.PathLike)) or hasattr(media, "convert")
-    if one or getattr(media, "ndim", None) == ranks[modality]:
-        return [media]
-    items: list[Any] = []
-    for item in media:
-        items.extend(item if isinstance(item, (list, tuple)) and modality != "video" else [item])
-    return items
+def _check_counts(texts: list[str], token: str, modality: str, given: Media):
+    placed = [one.count(token) for one in texts]
+    if given.counts is not None and placed != given.counts:
+        sample = next(i for i, (found, wanted) in enumerate(zip(placed, given.counts)) if found != wanted)
+        raise ValueError(
+            f"text {sample}: {placed[sample]} {token} in it, but {given.counts[sample]} in {ARGUMENTS[modality]}"
+        )
+    if sum(placed) != len(given.items):
+        raise ValueError(f"{sum(placed)} {token} in the text, but {len(given.items)} in {ARGUMENTS[modality]}")
 
 
 __all__ = ["ComposedProcessor"]

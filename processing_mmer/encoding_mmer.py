@@ -4,6 +4,7 @@ Enters: placeholders found in the texts, the media in their order, and settings.
 "<expert>.<name>", each expert's media in the order of its placeholders; the placeholders know what takes their place.
 """
 
+import itertools
 import os
 from typing import Any
 
@@ -92,6 +93,57 @@ def encode_media(
     """(tensors keyed "<expert>.<name>", stand-ins) of one expert's media, which are read first. `groups`: per
     sample.
     """
+    runs = _runs(groups) if modality == "video" else []
+    if len(runs) < 2:
+        made, stand_ins = _encode_alike(own, modality, groups, nested, settings)
+    else:
+        if "video_metadata" in {**settings, **settings.get("videos_kwargs", {})}:
+            raise ValueError(
+                "video_metadata: cannot be given for files and frames together; pass each in its own call"
+            )
+        parts = [_encode_alike(own, modality, [run], nested, settings) for run in runs]
+        made = _joined(own, [tensors for tensors, _ in parts])
+        stand_ins = [stand_in for _, of_run in parts for stand_in in of_run]
+    return {f"{own.name}.{name}": value for name, value in made.items()}, stand_ins
+
+
+def _runs(groups: list[list[Any]]) -> list[list[Any]]:
+    """Videos in their order, cut where files follow frames or frames files.
+
+    Whether frames are still to be sampled is one setting of a call of the expert's processor, and files come sampled:
+    each kind in a call of its own is treated as it would be alone.
+    """
+    items = [item for group in groups for item in group]
+    return [list(run) for _, run in itertools.groupby(items, _is_file)]
+
+
+def _is_file(item: Any) -> bool:
+    return isinstance(item, (str, os.PathLike))
+
+
+def _joined(own: ExpertProcessor, parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The tensors of several calls as one call gives them: the media lie behind one another along the first axis."""
+    joined: dict[str, Any] = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        values: list[Any] = [part.get(name) for part in parts]
+        shapes = [tuple(value.shape) if isinstance(value, torch.Tensor) else () for value in values]
+        if not all(shapes) or len({shape[1:] for shape in shapes}) > 1:
+            raise ValueError(
+                f"expert {own.name!r}: {name} has the shapes {shapes} for video files and frames, expected tensors "
+                "equal behind the first axis: ask for one num_frames, or pass files and frames in calls of their own"
+            )
+        joined[name] = torch.cat(values)
+    return joined
+
+
+def _encode_alike(
+    own: ExpertProcessor,
+    modality: str,
+    groups: list[list[Any]],
+    nested: bool,
+    settings: dict[str, Any],
+) -> tuple[dict[str, Any], list[str]]:
+    """(tensors, stand-ins) of media that are read in one way."""
     argument = ARGUMENTS[modality]
     inner = {**settings.get(f"{argument}_kwargs", {})}
     others = {f"{name}_kwargs" for name in ARGUMENTS.values()}
@@ -100,8 +152,7 @@ def encode_media(
     groups = read(own, groups, given, inner)
     if inner:
         given[f"{argument}_kwargs"] = inner
-    made, stand_ins = own.encode(modality, groups, nested, given)
-    return {f"{own.name}.{name}": value for name, value in made.items()}, stand_ins
+    return own.encode(modality, groups, nested, given)
 
 
 def _read_images(own: ExpertProcessor, groups: list[list[Any]], given: dict[str, Any], inner: dict[str, Any]):
@@ -150,34 +201,25 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def _read_videos(own: ExpertProcessor, groups: list[list[Any]], given: dict[str, Any], inner: dict[str, Any]):
-    """Frames. `num_frames` or `fps` are ours to honour; a file falls back on what the expert's own processor says.
+    """Frames, of files alone or of frames alone. `num_frames` or `fps` are ours to honour; a file falls back on what
+    the expert's own processor says.
 
     Whether the last frame is among them is the expert's (see `uniform_frames`).
     """
     count, fps = (inner.pop(name, given.pop(name, None)) for name in ("num_frames", "fps"))
     own_video = getattr(own.processor, "video_processor", None)
-    defaults = {name: getattr(own_video, name, None) for name in ("num_frames", "fps")}
     include_last = getattr(own_video, "include_last", False)
-    metadata, sampled, read = [], False, []
-    for group in groups:
-        frames_of_group = []
-        for item in group:
-            is_file = isinstance(item, (str, os.PathLike))
-            wanted = (
-                (defaults["num_frames"], defaults["fps"])
-                if is_file and count is None and fps is None
-                else (count, fps)
-            )
-            frames, known = read_video(item, *wanted, include_last)
-            sampled = sampled or is_file or count is not None
-            metadata.append(known)
-            frames_of_group.append(frames)
-        read.append(frames_of_group)
+    are_files = any(_is_file(item) for group in groups for item in group)
+    sampled = are_files or count is not None
+    if are_files and count is None and fps is None:
+        count, fps = (getattr(own_video, name, None) for name in ("num_frames", "fps"))
+    read = [[read_video(item, count, fps, include_last) for item in group] for group in groups]
+    metadata = [known for group in read for _, known in group]
     if sampled and "do_sample_frames" not in given:
         inner.setdefault("do_sample_frames", False)
     if all(known is not None for known in metadata) and "video_metadata" not in given:
         inner.setdefault("video_metadata", metadata)
-    return read
+    return [[frames for frames, _ in group] for group in read]
 
 
 def as_tensors(values: dict[str, Any], tensor_type: str | None) -> dict[str, Any]:

@@ -4,13 +4,17 @@ import json
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from configuration_mmer.composed_config_mmer import ComposedConfig
 from merging_mmer import Recipe, merge
+from modeling_mmer.composed_mmer import ComposedForConditionalGeneration
 from processing_mmer.composed_processor_mmer import ComposedProcessor
 from processing_mmer.point_clouds_mmer import PointCloudProcessor
 from tests import tiny_checkpoints as tiny
 from tests import tiny_world
 from tests.test_hub_repo import run_consumer
+from tests.tiny_models import text_config
 
 TOKEN = "<point_patch>"
 
@@ -52,6 +56,18 @@ def test_the_expert_alone_refuses_a_prompt_without_its_media(merged):
         expert(input_ids=ids)
     with pytest.raises(ValueError, match="takes .'point_cloud'., found pixel_values"):
         expert(input_ids=ids, pixel_values=torch.zeros(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize("family", ["granite", "cohere", "gemma2"])
+def test_the_expert_alone_scales_its_logits_as_its_language_model_does(family):
+    text = text_config(family)
+    composed = ComposedForConditionalGeneration(ComposedConfig(text_config=text)).eval()
+    plain = AutoModelForCausalLM.from_config(text).eval()
+    plain.model.load_state_dict(composed.model.language_model.state_dict())
+    plain.lm_head.load_state_dict(composed.lm_head.state_dict())
+    ids = torch.arange(5, 12)[None]
+    with torch.no_grad():
+        assert torch.equal(composed(input_ids=ids).logits, plain(input_ids=ids).logits)
 
 
 def test_its_tower_is_the_experts_own(merged):
