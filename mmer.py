@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from configuration_mmer import MMERConfig
+from configuration_mmer import MODALITIES, MMERConfig
 from evaluation_mmer import demo as lab_demo
 from hub_cards import write_card
 from merging_mmer import MergeReport, Recipe
@@ -211,13 +211,17 @@ def inspect_command(
     source: Annotated[str, typer.Argument(help="a checkpoint, adapter or merged folder, here or on the Hub")],
     base: Annotated[str | None, typer.Option(help="the LLM that it is to fit")] = None,
     tower: Annotated[str | None, typer.Option(help="the checkpoint that an adapter belongs to")] = None,
+    encoder: Annotated[
+        list[str] | None, typer.Option(help="SOURCE, or MODALITY=SOURCE, where a checkpoint only names its encoder")
+    ] = None,
+    lora_key: Annotated[str | None, typer.Option(help="which of several LoRAs (ModelCompose) is the expert's")] = None,
     every: Annotated[bool, typer.Option("--every", help="compare every tensor, not some")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     trust_remote_code: Annotated[bool, typer.Option(help="run the checkpoint's own code")] = False,
 ):
     """Show what of a checkpoint is language model, tower and vocabulary, and whether it fits a base."""
     with _plain_errors():
-        found = inspect(source, base, tower, every, trust_remote_code)
+        found = inspect(source, base, tower, every, trust_remote_code, _encoders(encoder), lora_key)
     if as_json:
         print(json.dumps(found.to_dict(), indent=2))
     else:
@@ -225,6 +229,18 @@ def inspect_command(
             console.print(part, highlight=False)
     if not found.ok:
         raise typer.Exit(1)
+
+
+def _encoders(given: list[str] | None) -> str | dict[str, str] | None:
+    """--encoder SOURCE, or several --encoder MODALITY=SOURCE."""
+    if not given:
+        return None
+    if len(given) == 1 and "=" not in given[0]:
+        return given[0]
+    pairs = [one.split("=", 1) for one in given]
+    if wrong := [pair[0] for pair in pairs if len(pair) == 1 or pair[0] not in MODALITIES]:
+        raise ValueError(f"--encoder: found {wrong}, expected one SOURCE, or MODALITY=SOURCE of {list(MODALITIES)}")
+    return dict(pairs)
 
 
 @app.command("verify")

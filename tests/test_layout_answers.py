@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from merging_mmer.inspection import inspect
 from merging_mmer.verification import verify
+from mmer import app
 
 from . import tiny_checkpoints as tiny
 from . import tiny_layouts as layouts
@@ -129,6 +131,13 @@ def test_inspect_describes_it_by_its_layout(tmp_path, base):
     rewrite(tmp_path / "expert", mm_vision_encoder="model/our-own-clip")
     alone = inspect(tmp_path / "expert", base=str(tmp_path / "base"))
     assert not alone.ok and "Set encoder: to its Hub id" in alone.problems[0] and not alone.fit.fits
+    words = ["inspect", str(tmp_path / "expert"), "--base", str(tmp_path / "base")]
+    assert CliRunner().invoke(app, words).exit_code == 1
+    for given in (encoder, f"image={encoder}"):
+        done = CliRunner().invoke(app, [*words, "--encoder", given])
+        assert done.exit_code == 0 and "fits" in done.output, done.output
+    done = CliRunner().invoke(app, [*words, "--encoder", f"smell={encoder}"])
+    assert done.exit_code == 1 and "'smell'" in done.stderr and "MODALITY=SOURCE" in done.stderr
 
 
 def test_verify_compares_with_the_original_files(tmp_path, base):
