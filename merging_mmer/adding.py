@@ -41,22 +41,20 @@ from .decoupling import exact_factors, largest_rank
 from .experts import Base, open_expert
 from .folder_checks import MergedFolder, stored_name
 from .matrices import Decoupled, decouple_matrix, merged_vector, row_blocks
-from .merge import hashes, merge
+from .merge import hashes
 from .naming import HEAD
 from .recipe import ExpertRecipe, expert_recipes
 from .report import Measurement, MergeReport, count_copy, count_unchanged, starved, tensor_kind
-from .repository import expert_entry, write_words
+from .repository import expert_entry
 from .shards import ShardWriter, size_in_bytes
 from .source_checks import same_bits
 from .stored import (
     Parts,
+    Rewriting,
     changed_config,
     open_folder,
-    originals_at_hand,
     own_tensors,
-    pass_on,
     read_processor,
-    rewriting,
     stored_report,
     stored_task_vector,
     stored_vocabulary,
@@ -90,23 +88,10 @@ def add(
     newcomers = expert_recipes(experts)
     target, merged = target_of(folder, out), open_folder(folder)
     recipe = merged.recipe.with_experts(newcomers)
+    written = Rewriting(merged, target, base, progress, max_shard_size, trust_remote_code, finish)
     if remerge:
-        recipe = recipe if base is None else recipe.model_copy(update={"base": base})
-        originals_at_hand(recipe)
-        in_place = target == merged.folder.resolve()
-        return merge(recipe, target, progress, max_shard_size, in_place, trust_remote_code, finish)
-    addition = _Addition(merged, newcomers, base, trust_remote_code)
-    with rewriting(target) as unfinished:
-        writer = ShardWriter(unfinished, max_shard_size)
-        addition.write_tensors(writer, progress)
-        config = addition.config()
-        report = addition.report(time.monotonic() - started)
-        write_words(unfinished, addition.recipe, config, addition.processor(), report)
-        writer.close()
-        pass_on(merged.folder, unfinished)
-        if finish is not None:
-            finish(unfinished)
-    return report
+        return written.from_originals(recipe)
+    return written.changed(_Addition(merged, newcomers, base, trust_remote_code), started)
 
 
 class _Addition:

@@ -33,21 +33,17 @@ from processing_mmer.processing_mmer import MMERProcessor
 from .added_rows import TokenRows, join_rows, split_rows
 from .folder_checks import MergedFolder, stored_name
 from .matrices import merged_vector, row_blocks
-from .merge import merge
 from .report import MergeReport
-from .repository import write_words
 from .shards import ShardWriter, size_in_bytes
 from .stored import (
     OWN_PARTS,
     Parts,
+    Rewriting,
     changed_config,
     language_model_names,
     open_folder,
-    originals_at_hand,
     own_tensors,
-    pass_on,
     read_processor,
-    rewriting,
     stored_report,
     stored_task_vector,
     target_of,
@@ -80,22 +76,10 @@ def remove(
     names = [experts] if isinstance(experts, str) else list(experts)
     target, merged = target_of(folder, out), open_folder(folder)
     recipe = merged.recipe.without_experts(names)
+    written = Rewriting(merged, target, base, progress, max_shard_size, trust_remote_code, finish)
     if remerge:
-        recipe = recipe if base is None else recipe.model_copy(update={"base": base})
-        originals_at_hand(recipe)
-        in_place = target == merged.folder.resolve()
-        return merge(recipe, target, progress, max_shard_size, in_place, trust_remote_code, finish)
-    removal = _Removal(merged, names)
-    with rewriting(target) as unfinished:
-        writer = ShardWriter(unfinished, max_shard_size)
-        removal.write_tensors(writer, progress)
-        report = removal.report(time.monotonic() - started)
-        write_words(unfinished, removal.recipe, removal.config(), removal.processor(), report)
-        writer.close()
-        pass_on(merged.folder, unfinished)
-        if finish is not None:
-            finish(unfinished)
-    return report
+        return written.from_originals(recipe)
+    return written.changed(_Removal(merged, names), started)
 
 
 class _Removal:

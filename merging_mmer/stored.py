@@ -8,11 +8,12 @@ old folder stays whole until the new one is, and takes its name in one step.
 import copy
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -32,11 +33,12 @@ from .folder_checks import (
     stored_name,
 )
 from .matrices import Decoupled
-from .merge import put_in_place
+from .merge import merge, put_in_place
 from .naming import HEAD
 from .recipe import Recipe
 from .report import MergeReport
-from .repository import loadable, without_paths
+from .repository import loadable, without_paths, write_words
+from .shards import ShardWriter
 from .source_checks import same_bits
 from .task_vectors import one_thread, task_vector
 from .vocabulary import AddedVocabularyToken, Vocabulary
@@ -268,6 +270,55 @@ def rewriting(target: Path) -> Iterator[Path]:
     finally:
         _restore(target)
         shutil.rmtree(workplace, ignore_errors=True)
+
+
+class Change(Protocol):
+    """What becomes of a merged folder: its tensors, and the words beside them."""
+
+    recipe: Recipe
+
+    def write_tensors(self, writer: ShardWriter, progress: bool): ...
+
+    def config(self) -> MMERConfig: ...
+
+    def processor(self) -> MMERProcessor: ...
+
+    def report(self, seconds: float) -> MergeReport: ...
+
+
+@dataclass(frozen=True)
+class Rewriting:
+    """How a merged folder is written anew; the arguments are those of `add` and `remove`."""
+
+    merged: MergedFolder
+    target: Path
+    base: str | None
+    progress: bool
+    max_shard_size: str | int
+    trust_remote_code: bool
+    finish: Callable[[Path], object] | None
+
+    def from_originals(self, recipe: Recipe) -> MergeReport:
+        """The folder that `merge` makes of `recipe`. Raises ValueError for originals that are not at hand."""
+        recipe = recipe if self.base is None else recipe.model_copy(update={"base": self.base})
+        originals_at_hand(recipe)
+        in_place = self.target == self.merged.folder.resolve()
+        return merge(
+            recipe, self.target, self.progress, self.max_shard_size, in_place, self.trust_remote_code, self.finish
+        )
+
+    def changed(self, change: Change, started: float) -> MergeReport:
+        """The folder with `change`, in its place whole; what is not touched of it is passed on."""
+        with rewriting(self.target) as unfinished:
+            writer = ShardWriter(unfinished, self.max_shard_size)
+            change.write_tensors(writer, self.progress)
+            config, report = change.config(), change.report(time.monotonic() - started)
+            write_words(unfinished, change.recipe, config, change.processor(), report)
+            writer.close()
+            pass_on(self.merged.folder, unfinished)
+            if self.finish is not None:
+                self.finish(unfinished)
+        return report
 
 
 def pass_on(old: Path, new: Path):

@@ -19,7 +19,7 @@ import soundfile
 from PIL import Image
 
 from evaluation_mmer.lab import clips, digits, fashion, furniture, speech
-from evaluation_mmer.lab.datasets import QUESTIONS
+from evaluation_mmer.lab.datasets import ANSWERS, QUESTIONS
 from evaluation_mmer.lab.experts import STORED
 from evaluation_mmer.lab.layouts import LAYOUTS
 
@@ -48,21 +48,14 @@ def firsts(pairs: Sequence[tuple[Any, str]], wanted: Sequence[str]) -> list[tupl
     return [found[answer] for answer in wanted]
 
 
-def clothes(folder: Path) -> list[dict[str, str]]:
+def pictures(
+    folder: Path, expert: str, test: Sequence[tuple[Any, str]], prefix: str, facts: dict[str, str]
+) -> list[dict[str, str]]:
     entries = []
-    for number, picture, name in firsts(fashion.pictures("test"), fashion.CLASSES):
-        file = f"{name.replace(' ', '-')}.png"
+    for number, picture, name in firsts(test, ANSWERS[expert]):
+        file = f"{prefix}{name.replace(' ', '-')}.png"
         Image.fromarray(picture).save(folder / file, optimize=True)
-        entries.append(entry(file, "image", name, {**CLOTHES, "source": f"{CLOTHES['source']}, picture {number}"}))
-    return entries
-
-
-def written_digits(folder: Path) -> list[dict[str, str]]:
-    entries = []
-    for number, picture, name in firsts(digits.pictures("test"), digits.CLASSES):
-        file = f"digit-{name}.png"
-        Image.fromarray(picture).save(folder / file, optimize=True)
-        entries.append(entry(file, "digits", name, {**WRITTEN, "source": f"{WRITTEN['source']}, picture {number}"}))
+        entries.append(entry(file, expert, name, {**facts, "source": f"{facts['source']}, picture {number}"}))
     return entries
 
 
@@ -127,9 +120,9 @@ def main() -> None:
     folder = STORED / "samples"
     folder.mkdir(exist_ok=True)
     entries = [
-        *clothes(folder),
+        *pictures(folder, "image", fashion.pictures("test"), "", CLOTHES),
         *words(folder),
-        *written_digits(folder),
+        *pictures(folder, "digits", digits.pictures("test"), "digit-", WRITTEN),
         *movements(folder),
         *clouds(folder),
     ]
