@@ -4,8 +4,11 @@ Enters: an expert's class on the meta device, and its config. Leaves: nothing, o
 why it does not fit and what to do. An expert's tokens run through the base's own LLM, with its attention, cache and
 positions; the features of the towers stand at their placeholders, and nothing else reaches the LLM. So a class fits
 when its forward hands embeddings and nothing else to a language model that exists without it. What a forward does is
-read from its source, so a class that is not known yet is judged like the others. Invariant: a class that computes
-something which the merged model would leave out is refused.
+read from its source, so a class that is not known yet is judged like the others. Invariant: tokens, embeddings, masks,
+positions, cache, features and other arguments come to the language model, in the source of the base model's forward,
+by the forms that are listed here and that the merged model has too; any other form is refused, harmless or not. Not
+seen is what the forward does through what it calls (get_placeholder_mask, decorators, hooks), what it writes through a
+second name of the same tensor, and what becomes of the language model's output (a change of states or logits).
 """
 
 import ast
@@ -27,80 +30,187 @@ _HANDED = {
     "input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache", "past_key_values", "cache_position",
     "use_cache", "return_dict", "output_attentions", "output_hidden_states",
 }  # fmt: skip
-_POSITIONS = re.compile(r"torch\.arange\([^()]*\)( \+ [a-z_]+)?|position_ids\.unsqueeze\(0\)")
-_EMBEDDINGS = re.compile(r"self\.(\w+\.)?\w+\(.*\)|inputs_embeds\.masked_scatter\(.*\)")
+_CACHED = r"\w+ = (\w+)\.get_seq_length\(\) if \1 is not None else 0"
+_PLACES = r"\(?input_ids == self\.config\.\w+_token_(id|index)\)?"
+# all that may be written to the variables that decide over tokens, cache and positions
+_PLAIN = {
+    "cache": r"cache = DynamicCache\(config=self\.config\)",
+    "llm_input_ids": r"llm_input_ids( = input_ids\.clone\(\)|\[(is_audio_idx|multimodal_mask)\] = 0)",
+    "is_audio_idx": rf"is_audio_idx = {_PLACES}",
+    "multimodal_mask": rf"multimodal_mask = {_PLACES} \| {_PLACES}",
+    "position_ids": r"position_ids = (position_ids\.unsqueeze\(0\)|torch\.arange\((inputs_embeds\.shape\[1\]|"
+    r"cache_length, seq_len \+ cache_length)(, \w+=[\w.]+)*\)( \+ past_seen_tokens)?)",
+    "past_seen_tokens": _CACHED,
+    "cache_length": _CACHED,
+    "seq_len": r"seq_len = inputs_embeds\.shape\[1\]",
+}
+_EMBED = re.compile(r"self\.(\w+\.)*(get_input_embeddings\(\)|embed_tokens)\((llm_)?input_ids\)")
+_ASK = re.compile(r"self\.get_(image|video|audio)_features")
+# methods of transformers' own classes that put features at placeholders (the last for prompts of older processors)
+_MERGERS = ("inputs_merger", "get_merged_audio_embeddings", "_merge_input_ids_with_audio_features")
+# methods that give the values which they get: of whole embeddings, of features, of masks
+_MOVED = frozenset({"to", "clone", "contiguous"})
+_SHAPED = _MOVED | {"reshape", "view", "flatten", "squeeze", "unsqueeze", "get"}
+_SPREAD = _SHAPED | {"expand_as", "bool"}
 _CROSS = re.compile(r"cross_?attn|cross_?attention|encoder_attn")
+
+
+def _variable(node: ast.AST) -> str:
+    """The variable that an expression is a part, an item or a method of."""
+    while isinstance(node, ast.Attribute | ast.Subscript | ast.Starred | ast.Call):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return node.id if isinstance(node, ast.Name) else ""
 
 
 @dataclass
 class Forward:
-    """What a multimodal class hands to its language model: `arguments` (name -> expression), `values`, all that is
-    assigned before (target, value), and `scattered`, what is put among the embeddings."""
+    """What a multimodal class hands to its language model: `arguments` (name, expression), all `writes` before
+    (variable, statement, value), and the `masks` and `features` that are scattered among the embeddings."""
 
-    arguments: dict[str, str] = field(default_factory=dict)
-    values: list[tuple[str, ast.expr]] = field(default_factory=list)
-    scattered: list[ast.expr] = field(default_factory=list)
-    called: bool = False
+    parameters: list[str] = field(default_factory=list)
+    rest: str | None = None  # the name of its **kwargs
+    mergers: set[str] = field(default_factory=set)
+    arguments: list[tuple[str, str]] = field(default_factory=list)
+    writes: list[tuple[str, str, ast.expr]] = field(default_factory=list)
+    masks: list[ast.expr] = field(default_factory=list)
+    features: list[ast.expr] = field(default_factory=list)
+    calls: int = 0
 
     @classmethod
     def of(cls, core: nn.Module, child: str) -> "Forward":
+        function = inspect.unwrap(type(core).forward)
         try:
-            source = textwrap.dedent(inspect.getsource(inspect.unwrap(type(core).forward)))
+            source = textwrap.dedent(inspect.getsource(function))
         except OSError as error:
             raise ValueError(
                 f"{type(core).__name__}: what its forward does cannot be read ({error}), so it cannot be judged as an "
                 "expert. Install its code as source files"
             ) from error
-        made = cls()
+        taken = inspect.getfullargspec(function)
+        known = {name: getattr(getattr(type(core), name, None), "__module__", "") for name in _MERGERS}
+        mergers = {f"self.{name}" for name, place in known.items() if place.startswith("transformers.models.")}
+        made = cls(taken.args + taken.kwonlyargs, taken.varkw, mergers)
         for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == f"self.{child}":
-                made.called = True
-                made.arguments.update({k.arg: ast.unparse(k.value) for k in node.keywords if k.arg is not None})
-                made.arguments.update({ast.unparse(value): "without its name" for value in node.args})
-            elif isinstance(node, ast.Assign):
-                made.values += [(ast.unparse(target), node.value) for target in node.targets]
-            elif isinstance(node, ast.AugAssign):
-                made.values.append((ast.unparse(node.target), ast.BinOp(node.target, node.op, node.value)))
-            elif isinstance(node, ast.NamedExpr | ast.AnnAssign) and node.value is not None:
-                made.values.append((ast.unparse(node.target), node.value))
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "inputs_embeds.masked_scatter":
-                made.scattered.append(node.args[1])
+            made._read(node, f"self.{child}")
+        for statement, value in [(text, ast.unparse(node)) for name, text, node in made.writes if name == made.rest]:
+            item = re.match(r"\w+\['(\w+)'\] = ", statement)
+            made.arguments.append((item[1] if item else f"**{value}", value))
         return made
 
-    def written(self, name: str, plain: re.Pattern) -> str | None:
-        """What is written to `name` that `plain` does not cover."""
-        for target, node in self.values:
-            value = ast.unparse(node)
-            if target.partition("[")[0] == name and (target != name or not plain.fullmatch(value)):
-                return f"{target} = {value}"
+    def _read(self, node: ast.AST, llm: str):
+        match node:
+            case ast.Assign(targets, value):
+                for target in targets:
+                    self._write(target, value)
+            case ast.AugAssign(target, op, value):
+                self._write(target, ast.BinOp(target, op, value))
+            case ast.AnnAssign(target, _, ast.expr() as value) | ast.NamedExpr(target, value):
+                self._write(target, value)
+            case ast.For(target, value) | ast.comprehension(target, value) | ast.withitem(value, ast.expr() as target):
+                self._write(target, value)
+            case ast.Expr(ast.Call() as call):  # its result is dropped, so it is there for what it changes
+                self._act(call)
+            case ast.Call(func):
+                self._call(node, ast.unparse(func), llm)
+
+    def _write(self, target: ast.expr, value: ast.expr):
+        if not isinstance(target, ast.Tuple | ast.List):
+            self.writes.append((_variable(target), f"{ast.unparse(target)} = {ast.unparse(value)}", value))
+        elif not (isinstance(value, ast.Call) and ast.unparse(value.func) in self.mergers):
+            for i, part in enumerate(target.elts):
+                self._write(part, ast.Subscript(value, ast.Constant(i)))
+
+    def _act(self, call: ast.Call):
+        """`name.mul_(2)` or `change(name)`."""
+        given = [node for node in (*call.args, *(k.value for k in call.keywords)) if isinstance(node, ast.Name)]
+        names = {_variable(call.func), *(node.id for node in given)}
+        reads = ast.unparse(call.func) in (f"{self.rest}.get", f"{self.rest}.pop")
+        if not reads and not names & {"logger", "warnings", "print"}:
+            self.writes += [(name, ast.unparse(call), call) for name in names]
+
+    def _call(self, call: ast.Call, called: str, llm: str):
+        named = {k.arg or f"**{ast.unparse(k.value)}": k.value for k in call.keywords}
+        if called == llm:
+            self.calls += 1
+            self.arguments += [(ast.unparse(value), "without its name") for value in call.args]
+            self.arguments += [(k, ast.unparse(value)) for k, value in named.items() if k != f"**{self.rest}"]
+        elif called == "inputs_embeds.masked_scatter":
+            self.masks += [*call.args, *named.values()][:1]
+            self.features += [*call.args, *named.values()][1:]
+        elif called in self.mergers:
+            given = [value for k, value in named.items() if k.endswith(("_features", "_hidden_states"))]
+            self.features += given + call.args
+        elif re.search(r"[^_]_$", called) or named.keys() & {"out", "inplace"} or _variable(call.func) == self.rest:
+            self._act(call)
+
+    def own(self, name: str, *behind: str) -> str | None:
+        """What the language model gets as `name` instead of the forward's argument of this name, or what is written to
+        it or to the variables `behind` it and may not be written there."""
+        given = [value for argument, value in self.arguments if argument == name]
+        if not given and self.calls and name in self.parameters:
+            return f"{name} is kept back"
+        changed = [value for value in given if value != name]
+        for variable, statement, value in self.writes:
+            if variable == "inputs_embeds":
+                kept = statement.startswith("inputs_embeds = ") and not self.changed([value], self._embeds, _MOVED)
+            else:
+                kept = variable in _PLAIN and re.fullmatch(_PLAIN[variable], statement) is not None
+            changed += [statement] * (variable in (name, *behind) and not kept)
+        return changed[0] if changed else None
+
+    def changed(self, nodes: list[ast.expr], source: Callable[[ast.expr], bool], same: frozenset[str]) -> str | None:
+        """The first expression on the way back from `nodes` that is no `source` and does more than pass it on."""
+        wanted, seen = list(nodes), set[str]()
+        for node in wanted:  # which grows
+            text = ast.unparse(node)
+            passed = [] if text in seen or source(node) else self._passed(node, same)
+            if passed is None:
+                return text
+            seen.add(text)
+            wanted += passed
         return None
 
-    def calculated(self, name: str) -> str | None:
-        """What is written to `name` and is no call."""
-        for target, node in self.values:
-            if target == name and not isinstance(node, ast.Call):
-                return f"{target} = {ast.unparse(node)}"
+    def _passed(self, node: ast.expr, same: frozenset[str]) -> list[ast.expr] | None:
+        """What `node` has its values from; None where they are calculated, picked or come from nowhere."""
+        match node:
+            case ast.Constant(None) | ast.Dict([]):
+                return []
+            case ast.Name(own):
+                return [value for name, _, value in self.writes if name == own] or None
+            case ast.IfExp(_, chosen, otherwise):
+                return [chosen, otherwise]
+            case ast.Call(ast.Attribute(ast.Name("torch"), "cat" | "stack"), [value, *dim]):
+                dims = [*dim, *(k.value for k in node.keywords)]
+                return [value] if all(ast.unparse(given) == "0" for given in dims) else None
+            case ast.Call(ast.Attribute(value, method)):
+                return [value] if method in same else None
+            case ast.Attribute(value, "pooler_output") | ast.Subscript(value, ast.Constant(str())):
+                return [value]
+            case ast.ListComp(value, [ast.comprehension(ifs=[])]):
+                return [value]
         return None
 
-    def changed_features(self) -> str | None:
-        """The first value that picks some of the features or calculates with them, on the way from what
-        `get_<modality>_features` gives to what is put among the embeddings."""
-        wanted, seen = list(self.scattered), {"inputs_embeds", "mm_encoder_outputs", "self", "torch"}
-        while wanted:
-            node = wanted.pop()
-            parts = list(ast.walk(node))
-            picks = [part.slice for part in parts if isinstance(part, ast.Subscript)]
-            calculated = any(isinstance(part, ast.BinOp) for part in parts)
-            if calculated or any(not _constant(pick) for pick in picks) or "last_hidden_state" in ast.unparse(node):
-                return ast.unparse(node)
-            for name in {part.id for part in parts if isinstance(part, ast.Name)} - seen:
-                seen.add(name)
-                wanted += [value for target, value in self.values if target == name]
-        return None
+    def _embeds(self, node: ast.expr) -> bool:
+        called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+        puts = called == "inputs_embeds.masked_scatter" or called in self.mergers
+        return puts or _EMBED.fullmatch(ast.unparse(node)) is not None
 
+    def places(self, node: ast.expr) -> bool:
+        match node:
+            case ast.Call(func) | ast.Subscript(ast.Call(func), ast.Constant()):
+                return ast.unparse(func) == "self.get_placeholder_mask"
+        return all(re.fullmatch(_PLACES, part) for part in ast.unparse(node).split(" | "))
 
-def _constant(node: ast.expr) -> bool:
-    return isinstance(node.operand if isinstance(node, ast.UnaryOp) else node, ast.Constant)
+    def asks(self, node: ast.expr) -> bool:
+        if not (isinstance(node, ast.Call) and _ASK.fullmatch(ast.unparse(node.func))):
+            return False
+        given = [*node.args, *(k.value for k in node.keywords if k.arg != "return_dict")]
+        return not self.changed(given, self._given, _SHAPED)
+
+    def _given(self, node: ast.expr) -> bool:
+        """An argument of the forward, or its first item, which is all there is in a packed batch; or a setting."""
+        plain = re.fullmatch(r"([a-z_]\w*)(\[:1\])?|self\.config\.\w+", ast.unparse(node))
+        return plain is not None and plain[1] not in {name for name, _, _ in self.writes} - {self.rest}
 
 
 @dataclass
@@ -137,20 +247,19 @@ class Candidate:
         return Forward() if self.child is None else Forward.of(self.core, self.child)
 
     @cached_property
-    def handed(self) -> set[str]:
+    def handed(self) -> list[str]:
         """What the language model gets beyond what every language model takes."""
-        return set(self.forward.arguments) - _HANDED
+        return sorted({name for name, _ in self.forward.arguments} - _HANDED)
 
 
 def _encoder_decoder(found: Candidate) -> str | None:
-    if getattr(found.config, "is_encoder_decoder", False) or getattr(found.text, "is_encoder_decoder", False):
-        return "an encoder and a decoder"
-    return None
+    pair = any(getattr(config, "is_encoder_decoder", False) for config in (found.config, found.text))
+    return "an encoder and a decoder" if pair else None
 
 
 def _cross_attention(found: Candidate) -> str | None:
     layers = [name for name, _ in found.llm.named_modules() if _CROSS.search(name.rpartition(".")[2])]
-    layers += sorted(name for name in found.handed if name.startswith(("cross_attention", "encoder_hidden")))
+    layers += [name for name in found.handed if name.startswith(("cross_attention", "encoder_hidden"))]
     return f"cross-attention ({layers[0]})" if layers else None
 
 
@@ -161,16 +270,14 @@ def _experts(found: Candidate) -> str | None:
 
 def _rotary_axes(found: Candidate) -> str | None:
     ropes = getattr(found.text, "rope_parameters", None) or {}
-    if "mrope_section" in str(ropes) or hasattr(found.core, "get_rope_index"):
-        return "rotary positions over several axes (mrope)"
-    return None
+    several = "mrope_section" in str(ropes) or hasattr(found.core, "get_rope_index")
+    return "rotary positions over several axes (mrope)" if several else None
 
 
 def _per_layer_embeddings(found: Candidate) -> str | None:
     handed = [name for name in found.handed if re.search(r"per_layer|\bple_|_ple\b", name)]
-    if getattr(found.text, "hidden_size_per_layer_input", None) or handed:
-        return "embeddings for each layer, which are looked up by token id"
-    return None
+    own = getattr(found.text, "hidden_size_per_layer_input", None) or handed
+    return "embeddings for each layer, which are looked up by token id" if own else None
 
 
 def _deep_features(found: Candidate) -> str | None:
@@ -183,26 +290,21 @@ def _one_class(found: Candidate) -> str | None:
 
 
 def _own_mask(found: Candidate) -> str | None:
-    given = found.forward.arguments.get("attention_mask", "attention_mask")
-    if given != "attention_mask" or found.forward.written("attention_mask", re.compile("attention_mask")):
-        return f"an attention mask of its own ({given})"
-    return None
+    own = found.forward.own("attention_mask", "cache", "past_key_values")
+    return f"an attention mask of its own ({own})" if own else None
 
 
 def _own_positions(found: Candidate) -> str | None:
-    given = found.forward.arguments.get("position_ids", "position_ids")
-    if given != "position_ids":
-        return f"positions of its own ({given})"
-    written = found.forward.written("position_ids", _POSITIONS)
-    return f"positions of its own ({written})" if written else None
+    own = found.forward.own("position_ids", "past_seen_tokens", "cache_length", "seq_len")
+    return f"positions of its own ({own})" if own else None
 
 
 def _own_embeddings(found: Candidate) -> str | None:
-    given = found.forward.arguments.get("inputs_embeds", "inputs_embeds")
-    written = found.forward.written("inputs_embeds", _EMBEDDINGS) or found.forward.calculated("inputs_embeds")
-    if given != "inputs_embeds" or written:
-        return f"other things among its embeddings than the features of media ({written or given})"
-    return None
+    forward = found.forward
+    if own := forward.own("inputs_embeds", "input_ids", "llm_input_ids", "is_audio_idx", "multimodal_mask"):
+        return f"other things among its embeddings than the features of media ({own})"
+    places = forward.changed(forward.masks, forward.places, _SPREAD)
+    return f"features that stand elsewhere than at their placeholders ({places})" if places else None
 
 
 def _changed_features(found: Candidate) -> str | None:
@@ -213,15 +315,16 @@ def _changed_features(found: Candidate) -> str | None:
     for name in asking:
         if "input_ids" in inspect.signature(getattr(type(found.core), name)).parameters:
             return f"features that depend on the text around them ({name} takes input_ids)"
-    if changed := found.forward.changed_features():
-        return f"features that are changed before they are put in their places ({changed})"
-    return None
+    changed = found.forward.changed(found.forward.features, found.forward.asks, _SHAPED)
+    return f"features that are changed before they are put in their places ({changed})" if changed else None
 
 
 def _own_arguments(found: Candidate) -> str | None:
-    if not found.forward.called:
-        return f"a forward that does not call its language model ({found.child}) itself"
-    return f"{sorted(found.handed)} handed to its language model" if found.handed else None
+    forward = found.forward
+    if forward.calls != 1:
+        return f"a forward with {forward.calls} calls of its language model ({found.child}) instead of one"
+    own = found.handed or [f"{k}={v}" for k, v in forward.arguments if v not in (k, "None", "True", "False")]
+    return f"{own} handed to its language model" if own else None
 
 
 def _no_bare_class(found: Candidate) -> str | None:
@@ -246,80 +349,34 @@ def _other_layers(found: Candidate) -> str | None:
 
 
 _NO_ROUTES = "Routes are taken token by token by linears, embeddings and norms, and no other layer can follow them"
-_OTHER_EXPERT = "Use an expert whose class puts its features at placeholders (LLaVA, InternVL, Idefics3, Voxtral …)"
+_OTHER = "Use an expert whose class puts its features at placeholders (LLaVA, InternVL, Idefics3, Voxtral …)"
 # in the order in which they are looked for: (what is found, why it does not fit, what to do)
+# fmt: off
 RULES: dict[str, tuple[Callable[[Candidate], str | None], str, str]] = {
-    "encoder-decoder": (
-        _encoder_decoder,
-        "The merged model is one causal language model",
-        _OTHER_EXPERT,
-    ),
-    "cross-attention": (
-        _cross_attention,
-        "Its media do not stand among the tokens, and the base has no such layers to be merged with",
-        _OTHER_EXPERT,
-    ),
-    "mixture of experts": (
-        _experts,
-        _NO_ROUTES,
-        "Use experts of a dense base",
-    ),
-    "mrope": (
-        _rotary_axes,
-        "Positions are joint over all experts and counted along one axis",
-        "Use an expert with positions along one axis (LLaVA-OneVision, InternVL, Idefics3 …)",
-    ),
-    "per-layer embeddings": (
-        _per_layer_embeddings,
-        "Features have no token id, and routes no such tables",
-        _OTHER_EXPERT,
-    ),
-    "deep features": (
-        _deep_features,
-        "Features enter once, among the embeddings",
-        _OTHER_EXPERT,
-    ),
-    "one class": (
-        _one_class,
+    "encoder-decoder": (_encoder_decoder, "The merged model is one causal language model", _OTHER),
+    "cross-attention": (_cross_attention,
+        "Its media do not stand among the tokens, and the base has no such layers to be merged with", _OTHER),
+    "mixture of experts": (_experts, _NO_ROUTES, "Use experts of a dense base"),
+    "mrope": (_rotary_axes, "Positions are joint over all experts and counted along one axis",
+        "Use an expert with positions along one axis (LLaVA-OneVision, InternVL, Idefics3 …)"),
+    "per-layer embeddings": (_per_layer_embeddings, "Features have no token id, and routes no such tables", _OTHER),
+    "deep features": (_deep_features, "Features enter once, among the embeddings", _OTHER),
+    "one class": (_one_class,
         "A tower is the class without its language model, and the language model is merged by the base's names",
-        "Use a checkpoint whose class keeps the two apart",
-    ),
-    "attention mask": (
-        _own_mask,
-        "Attention is the base's own and joint over all experts; which tokens see each other would differ",
-        _OTHER_EXPERT,
-    ),
-    "positions": (
-        _own_positions,
-        "Positions are joint over all experts and counted from 0",
-        _OTHER_EXPERT,
-    ),
-    "other embeddings": (
-        _own_embeddings,
-        "Only features at placeholders reach the merged language model",
-        _OTHER_EXPERT,
-    ),
-    "changed features": (
-        _changed_features,
-        "Features are asked of the class's get_<modality>_features and put in their places as they are",
-        _OTHER_EXPERT,
-    ),
-    "other arguments": (
-        _own_arguments,
-        "Only embeddings reach the merged language model",
-        _OTHER_EXPERT,
-    ),
-    "no bare language model": (
-        _no_bare_class,
+        "Use a checkpoint whose class keeps the two apart"),
+    "attention mask": (_own_mask,
+        "Attention is the base's own and joint over all experts; which tokens see each other would differ", _OTHER),
+    "positions": (_own_positions, "Positions are joint over all experts and counted from 0", _OTHER),
+    "other embeddings": (_own_embeddings, "Only features at placeholders reach the merged language model", _OTHER),
+    "changed features": (_changed_features,
+        "Features are asked of the class's get_<modality>_features and put in their places as they are", _OTHER),
+    "other arguments": (_own_arguments, "Only embeddings reach the merged language model", _OTHER),
+    "no bare language model": (_no_bare_class,
         "The merged model is built on a causal language model of its own, which the expert was tuned from",
-        "Use an expert whose language model stands in transformers by itself (llama, qwen2, mistral, granite …)",
-    ),
-    "other layers": (
-        _other_layers,
-        _NO_ROUTES,
-        "Use experts of a base made of attention and linears",
-    ),
+        "Use an expert whose language model stands in transformers by itself (llama, qwen2, mistral, granite …)"),
+    "other layers": (_other_layers, _NO_ROUTES, "Use experts of a base made of attention and linears"),
 }
+# fmt: on
 
 
 def misfit(model: PreTrainedModel, config: PreTrainedConfig) -> tuple[str, str] | None:
@@ -335,9 +392,8 @@ def check_fitness(name: str, model: PreTrainedModel, config: PreTrainedConfig):
     """Raises ValueError where an expert of this class would compute something else in a merged model."""
     found = misfit(model, config)
     if found is not None:
-        rule, what = found
-        _, why, instead = RULES[rule]
-        raise ValueError(f"expert {name!r}: {type(model).__name__} has {what}. {why}. {instead}")
+        _, why, instead = RULES[found[0]]
+        raise ValueError(f"expert {name!r}: {type(model).__name__} has {found[1]}. {why}. {instead}")
 
 
 __all__ = ["RULES", "check_fitness", "misfit"]

@@ -2,9 +2,10 @@
 
 import inspect
 import textwrap
+from functools import cache
 
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from merging_mmer import fitness
@@ -38,6 +39,29 @@ def test_every_rule_refuses_some_class():
     assert {rule for rule, _ in REFUSED.values()} | {"positions", "other arguments"} == set(RULES)
 
 
+def before(line: str) -> tuple[str, str]:
+    """The line before the language model is called."""
+    return "outputs = self.l", f"{line}\n    outputs = self.l"
+
+
+def scattered(features: str) -> tuple[str, str]:
+    return "masked_scatter(special_image_mask, image_features)", f"masked_scatter(special_image_mask, {features})"
+
+
+@cache
+def llava() -> tuple[PreTrainedModel, str]:
+    model = class_on_meta(config("llava"), multimodal=True)
+    assert misfit(model, model.config) is None
+    return model, textwrap.dedent(inspect.getsource(inspect.unwrap(type(model.base_model).forward)))
+
+
+def judged(change: tuple[str, str], monkeypatch) -> tuple[str, str] | None:
+    model, source = llava()
+    assert change[0] in source
+    monkeypatch.setattr(fitness.inspect, "getsource", lambda function: source.replace(*change))
+    return misfit(model, model.config)
+
+
 @pytest.mark.parametrize(
     ("rule", "change"),
     [
@@ -57,17 +81,66 @@ def test_every_rule_refuses_some_class():
         ("other arguments", ("position_ids=position_ids", "position_ids=position_ids, depth=pixel_values")),
         ("other arguments", ("self.language_model(", "self.language_model(pixel_values,")),
         ("other arguments", ("self.language_model(", "self.run(")),
+        ("other arguments", ("self.language_model(", "self.language_model(**{'cross_states': pixel_values}, ")),
+        ("other arguments", ("self.language_model(", "self.language_model(**self.settings, ")),
+        ("other arguments", ("cache=cache", "cache=self.cache")),
+        ("other arguments", ("outputs = self.l", "outputs = self.language_model(**kwargs)\n    outputs = self.l")),
+        ("attention mask", ("attention_mask=attention_mask,", "")),
+        ("attention mask", before("attention_mask.zero_()")),
+        ("attention mask", before("cache.crop(3)")),
+        ("positions", before("kwargs['position_ids'] = position_ids + 1")),
+        ("positions", before("position_ids = torch.arange(1, 9)")),
+        ("other arguments", before("kwargs.update(is_causal=False)")),
+        ("other arguments", before("kwargs.update({'is_causal': False})")),
+        ("other arguments", before("kwargs |= {'is_causal': False}")),
+        ("other arguments", before("kwargs = dict(kwargs, is_causal=False)")),
+        ("other arguments", before("seen = kwargs.setdefault('is_causal', False)")),
+        ("other arguments", before("self.adjust(kwargs)")),
+        ("other embeddings", before("inputs_embeds = self.rescale(inputs_embeds)")),
+        ("other embeddings", before("inputs_embeds.mul_(2)")),
+        ("other embeddings", before("inputs_embeds.data.mul_(2)")),
+        ("other embeddings", before("self.rescale(inputs_embeds)")),
+        ("other embeddings", before("scaled = torch.mul(inputs_embeds, 2, out=inputs_embeds)")),
+        ("other embeddings", before("inputs_embeds, scale = inputs_embeds * 2, 2")),
+        ("other embeddings", before("scaled = inputs_embeds * 2\n    inputs_embeds = scaled")),
+        ("other embeddings", before("input_ids = input_ids + 1")),
+        ("other embeddings", before("inputs_embeds = self.inputs_merger(inputs_embeds=image_features)")),
+        ("other embeddings", ("(special_image_mask, image_features)", "(special_image_mask, image_features).mul(2)")),
+        ("other embeddings", ("masked_scatter(special_image_mask", "masked_scatter(special_image_mask.roll(1)")),
+        ("other embeddings", ("embeddings()(input_ids)", "embeddings()(input_ids + 1)")),
+        ("changed features", scattered("self.post_norm(image_features)")),
+        ("changed features", scattered("image_features.mul(2)")),
+        ("changed features", scattered("image_features.flip(0)")),
+        ("changed features", scattered("source=image_features * 2")),
+        ("changed features", scattered("pixel_values")),
+        ("changed features", ("torch.cat(image_features,", "torch.cat([2 * each for each in image_features],")),
+        ("changed features", ("torch.cat(image_features,", "torch.cat([x for x in image_features if x.any()],")),
+        ("changed features", ("pixel_values=pixel_values", "pixel_values=pixel_values * 2")),
+        ("changed features", before("image_features.reverse()")),
     ],
 )
 def test_a_class_of_one_s_own_is_judged_by_its_forward(rule, change, monkeypatch):
     """LlavaModel with one line of its forward changed, as remote code may have it."""
-    model = class_on_meta(config("llava"), multimodal=True)
-    assert misfit(model, model.config) is None
-    source = textwrap.dedent(inspect.getsource(inspect.unwrap(type(model.base_model).forward)))
-    assert change[0] in source
-    monkeypatch.setattr(fitness.inspect, "getsource", lambda function: source.replace(*change))
-    found = misfit(model, model.config)
+    found = judged(change, monkeypatch)
     assert found is not None and found[0] == rule
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        before("inputs_embeds = inputs_embeds.to(self.device)"),
+        before("logger.debug('embeddings', inputs_embeds)"),
+        before("kwargs.pop('labels', None)"),
+        before("kwargs['return_dict'] = True"),
+        ("self.get_input_embeddings()(input_ids)", "self.language_model.embed_tokens(input_ids)"),
+        (
+            "masked_scatter(special_image_mask",
+            "masked_scatter((input_ids == self.config.image_token_id).unsqueeze(-1).expand_as(inputs_embeds)",
+        ),
+    ],
+)
+def test_a_class_of_one_s_own_that_changes_nothing_fits(change, monkeypatch):
+    assert judged(change, monkeypatch) is None
 
 
 def test_a_recipe_with_such_an_expert_is_refused_before_its_weights_are_read(tmp_path):
