@@ -29,6 +29,8 @@ SAVED_DTYPES = {
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 _FETCHED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "*.yaml"]
+# what LLaVA trains beside a LoRA lies in pickles, also where the LoRA is safetensors
+_FETCHED += ["non_lora_trainables.bin", "mm_projector.bin"]
 
 
 def fetch(source: str) -> Path:

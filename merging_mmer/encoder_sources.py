@@ -67,12 +67,12 @@ def find_encoder(order: Order, modality: str, found: str | None, said_by: str) -
     """
     given = order.encoder(modality)
     if given is not None:
-        return _fetch(given, f"{order.where}.encoder")
+        return fetch_encoder(given, f"{order.where}.encoder")
     if found and (Path(found).is_dir() or Path(found).is_file()):
         return Path(found)
     known = KNOWN_ENCODERS.get(Path(found).name) if found else None
     if known is not None:
-        return _fetch(known, f"{order.where}.encoder")
+        return fetch_encoder(known, f"{order.where}.encoder")
     raise ValueError(
         f"{order.where}.encoder: the checkpoint does not hold its {modality} encoder; config.json says {said_by} "
         f"{found!r}, which is no path here and no encoder that is known ({', '.join(sorted(KNOWN_ENCODERS))}). Set "
@@ -80,7 +80,8 @@ def find_encoder(order: Order, modality: str, found: str | None, said_by: str) -
     )
 
 
-def _fetch(source: str, where: str) -> Path:
+def fetch_encoder(source: str, where: str) -> Path:
+    """A folder or file here or on the Hub (org/name, org/name/file). Raises ValueError that names `where`."""
     path = Path(source).expanduser()
     if path.is_file():
         return path

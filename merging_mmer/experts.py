@@ -21,6 +21,7 @@ from .fitness import check_fitness
 from .head_check import check_head
 from .layout_parts import TRAINED_FILE
 from .layouts import Order, Reading, read_layout
+from .llava_layout import refuse_lora_on_llava
 from .lora import CONFIG_FILE, LoraAdapter, adapters_inside, fetch_adapter, is_adapter, read_adapter_config
 from .naming import HEAD, NamedCheckpoint, class_on_meta, delta_module_names, listing, split_names
 from .recipe import ExpertRecipe
@@ -275,8 +276,14 @@ def _folders(name: str, recipe: ExpertRecipe) -> tuple[Path, Path | None]:
             raise ValueError(f"experts.{name}.tower: {folder} is a whole checkpoint and brings its own tower")
         # an adapter beside the weights (Granite Speech) is part of the model, for transformers as well
         return folder, folder if is_adapter(folder) else None
-    if recipe.tower is None and (folder / TRAINED_FILE).is_file():
-        return folder, folder  # original LLaVA: what was trained beside the LoRA, projector and all
+    if (folder / TRAINED_FILE).is_file():  # original LLaVA: what was trained beside the LoRA, projector and all
+        if recipe.tower is not None:
+            raise ValueError(
+                f"experts.{name}.tower: {folder} holds {TRAINED_FILE}, a projector that was trained beside its LoRA "
+                "and would be lost behind another tower. Leave tower: out, or give the whole model"
+            )
+        refuse_lora_on_llava(f"experts.{name}", folder)
+        return folder, folder
     own = str(folder) if whole and (folder / "config.json").is_file() else None
     source = recipe.tower or own or read_adapter_config(folder).get("base_model_name_or_path")
     if not source:

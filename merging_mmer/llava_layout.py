@@ -7,6 +7,7 @@ tensors (`model.vision_tower.vision_tower.…`, which DeepSpeed saves), these ar
 do (tiles of a picture, as LLaVA-1.6 makes them) is refused.
 """
 
+from pathlib import Path
 from typing import Any
 
 from transformers import LlavaConfig, LlavaProcessor, PreTrainedConfig
@@ -27,6 +28,7 @@ from .layout_parts import (
     projector_widths,
     vicuna_template,
 )
+from .lora import read_adapter_config
 from .renaming import Part, RenamedCheckpoint, Rule, rename
 
 # PEFT's names begin so
@@ -75,6 +77,24 @@ def read(seen: Seen, order: Order) -> Reading:
     return Reading(
         LAYOUT.name, made, RenamedCheckpoint(seen.folder, parts), make_processor, inputs=inputs, notes=notes
     )
+
+
+def refuse_lora_on_llava(where: str, folder: Path):
+    """Raises ValueError where a LoRA was trained on a multimodal model: its language model is not here, nor the base.
+
+    Where the model it names is not to be had, its name has to do.
+    """
+    source = read_adapter_config(folder).get("base_model_name_or_path") or ""
+    try:
+        config: dict[str, Any] = PreTrainedConfig.get_config_dict(source)[0] if source else {}
+    except (OSError, ValueError):
+        config = {}
+    kind = str(config.get("model_type", "")) or Path(source).name.lower()
+    if config.get("mm_vision_tower") or config.get("vision_config") or "llava" in kind:
+        raise ValueError(
+            f"{where}: the LoRA was trained on {source}, a multimodal model, and not on the base: what that model had "
+            "learnt would be lost. Fold the LoRA into it and give the whole model"
+        )
 
 
 def refuse_tiles(seen: Seen):

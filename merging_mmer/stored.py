@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ from modeling_mmer.routing_mmer import unpack_bits
 from processing_mmer.processing_mmer import MMERProcessor
 
 from .checkpoints import fetch
+from .encoder_sources import fetch_encoder
 from .folder_checks import (
     PREFIX,
     Fault,
@@ -32,6 +34,7 @@ from .folder_checks import (
     check_tensors,
     stored_name,
 )
+from .lora import fetch_adapter
 from .matrices import Decoupled
 from .merge import merge, put_in_place
 from .naming import HEAD
@@ -208,18 +211,18 @@ def changed_config(merged: MergedFolder, tied: bool | None = None, **changes: An
 
 def originals_at_hand(recipe: Recipe):
     """Fetch base and experts. Raises ValueError that names every one that is not to be had."""
-    places = [("base", recipe.base)]
+    places: list[tuple[str, str, Callable[[str], Path]]] = [("base", recipe.base, fetch)]
     for name, expert in recipe.experts.items():
         encoder = expert.encoder
         encoders = list(encoder.values()) if isinstance(encoder, dict) else [encoder]
-        given = [("model", expert.model), ("lora", expert.lora), ("tower", expert.tower)]
-        given += [("encoder", source) for source in encoders]
-        places += [(f"experts.{name}.{key}", source) for key, source in given if source is not None]
+        open_encoder = partial(fetch_encoder, where=f"experts.{name}.encoder")
+        given = [("model", expert.model, fetch), ("lora", expert.lora, fetch_adapter), ("tower", expert.tower, fetch)]
+        given += [("encoder", source, open_encoder) for source in encoders]
+        places += [(f"experts.{name}.{key}", source, opener) for key, source, opener in given if source is not None]
     lost = []
-    for place, source in places:
+    for place, source, opener in places:
         try:
-            if not Path(source).expanduser().is_file():
-                fetch(source)
+            opener(source)
         except (ValueError, OSError):  # as huggingface_hub says that something is not there, or cannot be reached
             lost.append(f"{place}: {source}")
     if lost:
@@ -328,6 +331,6 @@ def pass_on(old: Path, new: Path):
         if path.name in _WRITTEN or weights or path.name.endswith("_mmer.py") or (new / path.name).exists():
             continue
         if path.is_dir():
-            shutil.copytree(path, new / path.name, symlinks=True)
+            shutil.copytree(path, new / path.name)  # the Hub's cache holds links; the copy holds files
         else:
             shutil.copy2(path, new / path.name)

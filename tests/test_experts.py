@@ -326,6 +326,7 @@ def test_a_hub_id_with_a_revision(tmp_path, monkeypatch):
 
     def download(repo_id, revision, allow_patterns):
         asked.append((repo_id, revision, "*.bin" in allow_patterns))
+        assert {"non_lora_trainables.bin", "mm_projector.bin"} <= set(allow_patterns)
         return str(tmp_path)
 
     monkeypatch.setattr("merging_mmer.checkpoints.snapshot_download", download)

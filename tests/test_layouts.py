@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from merging_mmer.experts import Base, open_expert
 from merging_mmer.layout_parts import SYSTEM_PROMPT, vicuna_template
 from merging_mmer.layouts import find_layout
+from merging_mmer.recipe import ExpertRecipe
 from modeling_mmer.point_bert_mmer import DEFAULTS
 from processing_mmer.chat_templates_mmer import render
 
@@ -192,6 +194,22 @@ def test_a_lora_of_original_llava(tmp_path, base):
     whole = model.base_model.state_dict()
     assert all(torch.equal(expert.tower_tensor(name), whole[name].half()) for name in expert.tower)
     assert {"adapter_config.json", "adapter_model.bin"} <= {path.name for path in expert.files()}
+
+
+@pytest.mark.parametrize("trained_on", ["whole", "liuhaotian/llava-v1.5-7b"])
+def test_a_lora_that_was_trained_on_llava_itself_is_refused(tmp_path, base, trained_on):
+    layouts.write_llava(tmp_path / "whole", base, tmp_path / "clip")
+    folder = tmp_path / "expert"
+    folder.mkdir()
+    shutil.copyfile(tmp_path / "whole" / "config.json", folder / "config.json")
+    shutil.copyfile(tmp_path / "whole" / "mm_projector.bin", folder / "non_lora_trainables.bin")
+    source = str(tmp_path / "whole") if trained_on == "whole" else trained_on
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": source}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="LoRA was trained on .*whole model" if trained_on == "whole" else trained_on):
+        opened(tmp_path, encoder=str(tmp_path / "clip"))
+    with pytest.raises(ValueError, match="tower: .*non_lora_trainables.bin.*Leave tower: out"):
+        open_expert("own", ExpertRecipe(lora=str(folder), tower=str(tmp_path / "whole")), Base(str(tmp_path / "base")))
 
 
 def test_a_point_encoder_as_ulip_saved_it(tmp_path, base):
