@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from retention import merged_inputs, original, recipe
+from retention import cells, merged_inputs, original, recipe
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoProcessor
@@ -50,11 +50,7 @@ def row(task: str, stage: str, score: Score, expert: Score) -> dict[str, Any]:
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The rows as the README shows them."""
     lines = ["| task | parameters | accuracy (95 %) | of the task's expert | same words |", "|---|---|---|---|---|"]
-    for entry in rows:
-        low, high = entry["interval"]
-        accuracy = f"{entry['accuracy']:.1%} ({low:.1%} – {high:.1%})"
-        shares = f"{entry['retention']:.1%} | {entry['agreement']:.1%}"
-        lines.append(f"| {entry['task']} | {entry['stage']} | {accuracy} | {shares} |")
+    lines += [f"| {entry['task']} | {entry['stage']} | {cells(entry)} |" for entry in rows]
     return "\n".join(lines)
 
 

@@ -97,15 +97,18 @@ def keep(path: Path, rows: list[dict[str, Any]]):
     path.write_text(json.dumps(list(all_rows.values()), indent=1) + "\n")
 
 
+def cells(row: dict[str, Any]) -> str:
+    """Accuracy with its interval, retention and agreement, as cells of a table in Markdown."""
+    low, high = row["interval"]
+    return f"{row['accuracy']:.1%} ({low:.1%} – {high:.1%}) | {row['retention']:.1%} | {row['agreement']:.1%}"
+
+
 def markdown(path: Path) -> str:
     """The rows of a results file as the README shows them."""
     lines = ["| expert | parameters | accuracy (95 %) | retention | same words | bits |", "|---|---|---|---|---|---|"]
     for row in sorted(json.loads(path.read_text()), key=lambda row: EXPERTS.index(row["expert"])):
-        low, high = row["interval"]
         cost = "–" if row["bits_per_parameter"] is None else f"{row['bits_per_parameter']:.2f}"
-        accuracy = f"{row['accuracy']:.1%} ({low:.1%} – {high:.1%})"
-        shares = f"{row['retention']:.1%} | {row['agreement']:.1%}"
-        lines.append(f"| {row['expert']} | {row['parameters']} | {accuracy} | {shares} | {cost} |")
+        lines.append(f"| {row['expert']} | {row['parameters']} | {cells(row)} | {cost} |")
     return "\n".join(lines)
 
 

@@ -14,8 +14,7 @@ import torch
 from tqdm import tqdm
 
 from .lab.datasets import LabItem, score
-
-NEW_TOKENS = 8
+from .lab.experts import new_tokens
 
 
 def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -84,9 +83,7 @@ def evaluate(
             ids = inputs["input_ids"]
             inputs["route_ids"] = torch.full_like(ids, route)
             inputs["text_route"] = torch.full((ids.shape[0],), route)
-        with torch.inference_mode():
-            tokens = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)
-        answers += decode(tokens[:, inputs["input_ids"].shape[1] :])
+        answers += decode(new_tokens(model, inputs))
     right = tuple(score(answer, item.answer) for answer, item in zip(answers, items, strict=True))
     return Score(tuple(answers), right)
 

@@ -39,10 +39,10 @@ from configuration_mmer.configuration_mmer import MMERConfig
 from .added_rows import TokenRows, add_rows, join_rows, read_rows, row_places, split_rows
 from .decoupling import exact_factors, largest_rank
 from .experts import Base, open_expert
-from .folder_checks import MergedFolder, stored_name
+from .folder_checks import MergedFolder
 from .matrices import Decoupled, decouple_matrix, merged_vector, row_blocks
 from .merge import hashes
-from .naming import HEAD
+from .naming import HEAD, stored_name
 from .recipe import ExpertRecipe, expert_recipes
 from .report import Measurement, MergeReport, count_copy, count_unchanged, starved, tensor_kind
 from .repository import expert_entry

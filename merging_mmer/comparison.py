@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedCon
 
 from .checkpoints import Checkpoint
 from .experts import LARGEST_DISTANCE, SAME_FIELDS, Base, Distance, Expert, open_expert, sampled_matrices
-from .folder_checks import PREFIX, MergedFolder, stored_name
+from .folder_checks import MergedFolder
 from .layouts import find_layout
-from .naming import HEAD, NamedCheckpoint, class_on_meta, listing, split_names
+from .naming import HEAD, PREFIX, NamedCheckpoint, class_on_meta, listing, split_names, stored_name
 from .recipe import ExpertRecipe
 from .task_vectors import task_vector, vocabulary_task_vector
 from .vocabulary import merge_vocabulary

@@ -25,12 +25,11 @@ from processing_mmer.processing_mmer import MMERProcessor
 
 from .checkpoints import Checkpoint
 from .matrices import row_blocks
-from .naming import HEAD, listing
+from .naming import listing, stored_name
 from .recipe import Recipe
 from .report import tensor_kind
 
 RECIPE, REPORT = "merge_recipe.yaml", "merge_report.json"
-PREFIX = "model.language_model."
 
 
 class Fault(Exception):
@@ -47,11 +46,6 @@ class Skip(Exception):
 
 class Remark(Exception):
     """Something worth knowing that makes no folder wrong."""
-
-
-def stored_name(name: str) -> str:
-    """The name in a merged folder of a tensor that the base's `AutoModel` calls `name`."""
-    return name if name.startswith(f"{HEAD}.") else f"{PREFIX}{name}"
 
 
 class MergedFolder:

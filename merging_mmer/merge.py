@@ -22,7 +22,7 @@ from .decoupling import exact_factors, largest_rank, settle
 from .experts import Base, Expert, open_expert
 from .journal import Journal, fingerprint
 from .matrices import Decoupled, decouple_matrix, merged_vector, row_blocks
-from .naming import HEAD
+from .naming import HEAD, stored_name
 from .recipe import Recipe
 from .report import Measurement, MergeReport, sha256
 from .repository import build_config, write_repository
@@ -207,7 +207,7 @@ class _Merge:
 
     def merge_tensor(self, name: str):
         theta_0 = self.base.tensor(name)
-        self.writer.add(_stored_name(name), theta_0.to(self.dtype))
+        self.writer.add(stored_name(name), theta_0.to(self.dtype))
         taus = [expert.task_vector(name, theta_0, self.tokens) for expert in self.experts]
         if not any(bool(tau.any()) for tau in taus):
             self.measurement.same(theta_0)
@@ -230,7 +230,7 @@ class _Merge:
         """τ*, masks, scales and corrections of one matrix."""
         kind, scale_kind = self.recipe.decoupling.kind, self.recipe.decoupling.scale
         rank = min(self.rank, *theta_0.shape)
-        prefix = _stored_name(name).removesuffix(".weight")
+        prefix = stored_name(name).removesuffix(".weight")
         self.writer.add(f"{prefix}.delta", delta)
         parts: dict[str, list[torch.Tensor]] = {"masks": [], "scales": [], "correction_a": [], "correction_b": []}
         for expert, tau in zip(self.experts, taus, strict=True):
@@ -266,7 +266,7 @@ class _Merge:
             own.append(tensor)
             self.measurement.stored(expert.name, [tensor])
             self.measurement.one(expert.name, name, theta_0, tau, merged, tensor.float() - theta_0.float(), None)
-        prefix, _, last = _stored_name(name).rpartition(".")
+        prefix, _, last = stored_name(name).rpartition(".")
         self.writer.add(f"{prefix}.expert_{last}", torch.stack(own))
         self.writer.add(f"{prefix}.merged_{last}", joint)
 
@@ -303,10 +303,6 @@ class _Merge:
         )
         self.measurement.fill(report)
         return report
-
-
-def _stored_name(name: str) -> str:
-    return name if name.startswith(f"{HEAD}.") else f"model.language_model.{name}"
 
 
 def hashes(files: Sequence[Path]) -> dict[str, str]:

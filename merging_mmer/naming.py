@@ -33,6 +33,7 @@ from modeling_mmer.towers_mmer import language_model_name
 from .checkpoints import Checkpoint
 
 HEAD = "lm_head"
+PREFIX = "model.language_model."
 
 _LISTED = 8
 
@@ -52,6 +53,11 @@ def class_on_meta(config: PreTrainedConfig, multimodal: bool, trust_remote_code:
                 return auto.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
     wanted = "multimodal language model" if multimodal else "causal language model"
     raise ValueError(f"model_type {config.model_type!r}: transformers has no {wanted} of this kind")
+
+
+def stored_name(name: str) -> str:
+    """The name in a merged folder of a tensor that the base's `AutoModel` calls `name`."""
+    return name if name.startswith(f"{HEAD}.") else f"{PREFIX}{name}"
 
 
 def listing(names: Iterable[str]) -> str:

@@ -31,8 +31,9 @@ from configuration_mmer.routes_mmer import AUTO
 from processing_mmer.processing_mmer import MMERProcessor
 
 from .added_rows import TokenRows, join_rows, split_rows
-from .folder_checks import MergedFolder, stored_name
+from .folder_checks import MergedFolder
 from .matrices import merged_vector, row_blocks
+from .naming import stored_name
 from .report import MergeReport
 from .shards import ShardWriter, size_in_bytes
 from .stored import (

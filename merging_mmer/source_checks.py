@@ -26,9 +26,9 @@ from modeling_mmer.routing_mmer import route_weight_of
 from .added_rows import lay_out, read_rows, row_places
 from .checkpoints import fetch
 from .experts import Base, Expert, open_expert
-from .folder_checks import REPORT, Fault, MergedFolder, Skip, stored_name
+from .folder_checks import REPORT, Fault, MergedFolder, Skip
 from .matrices import row_blocks
-from .naming import listing
+from .naming import listing, stored_name
 from .recipe import ExpertRecipe, Recipe
 from .report import sha256, tensor_kind
 from .tokenization import PROBES

@@ -25,19 +25,17 @@ from processing_mmer.processing_mmer import MMERProcessor
 from .checkpoints import fetch
 from .encoder_sources import fetch_encoder
 from .folder_checks import (
-    PREFIX,
     Fault,
     MergedFolder,
     Skip,
     check_config,
     check_files,
     check_tensors,
-    stored_name,
 )
 from .lora import fetch_adapter
 from .matrices import Decoupled
 from .merge import merge, put_in_place
-from .naming import HEAD
+from .naming import HEAD, PREFIX, stored_name
 from .recipe import Recipe
 from .report import MergeReport
 from .repository import loadable, without_paths, write_words

@@ -30,6 +30,7 @@ from .towers import write_tower
 
 STORED = Path(__file__).parent
 ENCODERS = {"image": dinov2.build, "digits": dinov2.build, "video": dinov2.build, "audio": whisper.build}
+NEW_TOKENS = 8  # the most that an answer has
 OWN_ENCODER = ("encoder.json", "encoder.safetensors")  # of an expert whose encoder no package brings
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -127,13 +128,17 @@ def modality_of(processor: Any) -> str:
     return next((modality for part, modality in parts.items() if hasattr(processor, part)), "image")
 
 
+def new_tokens(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(batch, at most NEW_TOKENS): what the model writes behind its prompts, greedily."""
+    with torch.inference_mode():
+        tokens = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)
+    return tokens[:, inputs["input_ids"].shape[1] :]
+
+
 def answer(model: Any, processor: Any, items: Sequence[LabItem], batch_size: int = 16) -> list[str]:
-    """Greedy answers of the model, at most 8 tokens each."""
+    """Greedy answers of the model."""
     replies: list[str] = []
     for start in range(0, len(items), batch_size):
         inputs = processor_inputs(processor, items[start : start + batch_size])
-        with torch.inference_mode():
-            tokens = model.generate(**inputs, do_sample=False, max_new_tokens=8)
-        new = tokens[:, inputs["input_ids"].shape[1] :]
-        replies += processor.batch_decode(new, skip_special_tokens=True)
+        replies += processor.batch_decode(new_tokens(model, inputs), skip_special_tokens=True)
     return replies
