@@ -16,6 +16,8 @@ from .composed_config_mmer import ComposedConfig
 from .routes_mmer import AUTO, MODALITIES, ROUTE_NAMES
 
 DECOUPLING_KINDS = ("paper", "mask", "exact", "none")
+# layers whose masks can let the tokens of one medium see each other
+MASKED_LAYERS = ("full_attention", "sliding_attention")
 SCALE_KINDS = ("row", "tensor", "none")
 
 
@@ -24,7 +26,9 @@ class MMERConfig(PreTrainedConfig):
     Args:
         text_config: the base LLM's own config, unchanged.
         experts: name -> {"config": the expert's own config as a dict,
-            "placeholders": {modality: {"token": str, "id": int}}}.
+            "placeholders": {modality: {"token": str, "id": int}}}, and "bidirectional": [modalities] where the tokens
+            of one medium see each other (Gemma 3's pictures): a run of that placeholder. Absent: all attention is
+            causal.
         expert_names: the experts in the order of the masks: route 2 + i is the i-th. JSON files of transformers sort
             their keys, so the order stands by itself; it is that of `experts` when absent.
         default_experts: modality -> the expert that encodes it when none is asked for. Filled with the first expert of
@@ -73,6 +77,7 @@ class MMERConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
         self._check_experts()
+        self._check_attention()
         self._check_defaults()
         self._check_decoupling()
         self._check_tokens()
@@ -120,6 +125,14 @@ class MMERConfig(PreTrainedConfig):
             for entry in expert["placeholders"].values()
         }
 
+    def bidirectional_tokens(self) -> list[int]:
+        """Token ids of the placeholders whose tokens see each other."""
+        return [
+            expert["placeholders"][modality]["id"]
+            for expert in self.experts.values()
+            for modality in expert.get("bidirectional", ())
+        ]
+
     def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
         """The LLM's config as generation sees it: `vocab_size` is the width of the logits, added tokens included."""
         if self.vocab_size == self.text_config.vocab_size:
@@ -149,6 +162,23 @@ class MMERConfig(PreTrainedConfig):
         if self.text_route not in (AUTO, *ROUTE_NAMES, *self.experts):
             raise ValueError(
                 f"text_route: found {self.text_route!r}, expected one of {[AUTO, *ROUTE_NAMES, *self.experts]}"
+            )
+
+    def _check_attention(self):
+        for name, expert in self.experts.items():
+            found = expert.get("bidirectional", [])
+            if not isinstance(found, list) or not set(found) <= set(expert["placeholders"]):
+                raise ValueError(
+                    f"experts.{name}.bidirectional: found {found!r}, expected a list of modalities of this expert, "
+                    f"some of {self.modalities(name)}"
+                )
+        kinds = set(getattr(self.text_config, "layer_types", None) or []) - set(MASKED_LAYERS)
+        if not kinds and getattr(self.text_config, "attention_chunk_size", None) is not None:
+            kinds = {"chunked_attention"}
+        if kinds and self.bidirectional_tokens():
+            raise ValueError(
+                f"experts: tokens of one medium see each other, but the base has layers of {sorted(kinds)}. Use a "
+                f"base whose layers are of {list(MASKED_LAYERS)}"
             )
 
     def _check_defaults(self):

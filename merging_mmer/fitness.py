@@ -6,211 +6,38 @@ positions; the features of the towers stand at their placeholders, and nothing e
 when its forward hands embeddings and nothing else to a language model that exists without it. What a forward does is
 read from its source, so a class that is not known yet is judged like the others. Invariant: tokens, embeddings, masks,
 positions, cache, features and other arguments come to the language model, in the source of the base model's forward,
-by the forms that are listed here and that the merged model has too; any other form is refused, harmless or not. Not
-seen is what the forward does through what it calls (get_placeholder_mask, decorators, hooks), what it writes through a
-second name of the same tensor, and what becomes of the language model's output (a change of states or logits).
+by the forms that are listed here and in forward_source.py and that the merged model has too; any other form is
+refused, harmless or not. Not seen is what the forward does through what it calls (get_placeholder_mask, decorators,
+hooks), what it writes through a second name of the same tensor, and what becomes of the language model's output (a
+change of states or logits).
 """
 
-import ast
 import inspect
 import re
-import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from modeling_mmer.towers_mmer import OWN_FEATURES, language_model_name
+
+from .forward_source import SHAPED, SPREAD, Forward
 
 # what every language model takes, and the merged model hands on
 _HANDED = {
     "input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache", "past_key_values", "cache_position",
     "use_cache", "return_dict", "output_attentions", "output_hidden_states",
 }  # fmt: skip
-_CACHED = r"\w+ = (\w+)\.get_seq_length\(\) if \1 is not None else 0"
-_PLACES = r"\(?input_ids == self\.config\.\w+_token_(id|index)\)?"
-# all that may be written to the variables that decide over tokens, cache and positions
-_PLAIN = {
-    "cache": r"cache = DynamicCache\(config=self\.config\)",
-    "llm_input_ids": r"llm_input_ids( = input_ids\.clone\(\)|\[(is_audio_idx|multimodal_mask)\] = 0)",
-    "is_audio_idx": rf"is_audio_idx = {_PLACES}",
-    "multimodal_mask": rf"multimodal_mask = {_PLACES} \| {_PLACES}",
-    "position_ids": r"position_ids = (position_ids\.unsqueeze\(0\)|torch\.arange\((inputs_embeds\.shape\[1\]|"
-    r"cache_length, seq_len \+ cache_length)(, \w+=[\w.]+)*\)( \+ past_seen_tokens)?)",
-    "past_seen_tokens": _CACHED,
-    "cache_length": _CACHED,
-    "seq_len": r"seq_len = inputs_embeds\.shape\[1\]",
-}
-_EMBED = re.compile(r"self\.(\w+\.)*(get_input_embeddings\(\)|embed_tokens)\((llm_)?input_ids\)")
-_ASK = re.compile(r"self\.get_(image|video|audio)_features")
-# methods of transformers' own classes that put features at placeholders (the last for prompts of older processors)
-_MERGERS = ("inputs_merger", "get_merged_audio_embeddings", "_merge_input_ids_with_audio_features")
-# methods that give the values which they get: of whole embeddings, of features, of masks
-_MOVED = frozenset({"to", "clone", "contiguous"})
-_SHAPED = _MOVED | {"reshape", "view", "flatten", "squeeze", "unsqueeze", "get"}
-_SPREAD = _SHAPED | {"expand_as", "bool"}
 _CROSS = re.compile(r"cross_?attn|cross_?attention|encoder_attn")
-
-
-def _variable(node: ast.AST) -> str:
-    """The variable that an expression is a part, an item or a method of."""
-    while isinstance(node, ast.Attribute | ast.Subscript | ast.Starred | ast.Call):
-        node = node.func if isinstance(node, ast.Call) else node.value
-    return node.id if isinstance(node, ast.Name) else ""
-
-
-@dataclass
-class Forward:
-    """What a multimodal class hands to its language model: `arguments` (name, expression), all `writes` before
-    (variable, statement, value), and the `masks` and `features` that are scattered among the embeddings."""
-
-    parameters: list[str] = field(default_factory=list)
-    rest: str | None = None  # the name of its **kwargs
-    mergers: set[str] = field(default_factory=set)
-    arguments: list[tuple[str, str]] = field(default_factory=list)
-    writes: list[tuple[str, str, ast.expr]] = field(default_factory=list)
-    masks: list[ast.expr] = field(default_factory=list)
-    features: list[ast.expr] = field(default_factory=list)
-    calls: int = 0
-
-    @classmethod
-    def of(cls, core: nn.Module, child: str) -> "Forward":
-        function = inspect.unwrap(type(core).forward)
-        try:
-            source = textwrap.dedent(inspect.getsource(function))
-        except OSError as error:
-            raise ValueError(
-                f"{type(core).__name__}: what its forward does cannot be read ({error}), so it cannot be judged as an "
-                "expert. Install its code as source files"
-            ) from error
-        taken = inspect.getfullargspec(function)
-        known = {name: getattr(getattr(type(core), name, None), "__module__", "") for name in _MERGERS}
-        mergers = {f"self.{name}" for name, place in known.items() if place.startswith("transformers.models.")}
-        made = cls(taken.args + taken.kwonlyargs, taken.varkw, mergers)
-        for node in ast.walk(ast.parse(source)):
-            made._read(node, f"self.{child}")
-        for statement, value in [(text, ast.unparse(node)) for name, text, node in made.writes if name == made.rest]:
-            item = re.match(r"\w+\['(\w+)'\] = ", statement)
-            made.arguments.append((item[1] if item else f"**{value}", value))
-        return made
-
-    def _read(self, node: ast.AST, llm: str):
-        match node:
-            case ast.Assign(targets, value):
-                for target in targets:
-                    self._write(target, value)
-            case ast.AugAssign(target, op, value):
-                self._write(target, ast.BinOp(target, op, value))
-            case ast.AnnAssign(target, _, ast.expr() as value) | ast.NamedExpr(target, value):
-                self._write(target, value)
-            case ast.For(target, value) | ast.comprehension(target, value) | ast.withitem(value, ast.expr() as target):
-                self._write(target, value)
-            case ast.Expr(ast.Call() as call):  # its result is dropped, so it is there for what it changes
-                self._act(call)
-            case ast.Call(func):
-                self._call(node, ast.unparse(func), llm)
-
-    def _write(self, target: ast.expr, value: ast.expr):
-        if not isinstance(target, ast.Tuple | ast.List):
-            self.writes.append((_variable(target), f"{ast.unparse(target)} = {ast.unparse(value)}", value))
-        elif not (isinstance(value, ast.Call) and ast.unparse(value.func) in self.mergers):
-            for i, part in enumerate(target.elts):
-                self._write(part, ast.Subscript(value, ast.Constant(i)))
-
-    def _act(self, call: ast.Call):
-        """`name.mul_(2)` or `change(name)`."""
-        given = [node for node in (*call.args, *(k.value for k in call.keywords)) if isinstance(node, ast.Name)]
-        names = {_variable(call.func), *(node.id for node in given)}
-        reads = ast.unparse(call.func) in (f"{self.rest}.get", f"{self.rest}.pop")
-        if not reads and not names & {"logger", "warnings", "print"}:
-            self.writes += [(name, ast.unparse(call), call) for name in names]
-
-    def _call(self, call: ast.Call, called: str, llm: str):
-        named = {k.arg or f"**{ast.unparse(k.value)}": k.value for k in call.keywords}
-        if called == llm:
-            self.calls += 1
-            self.arguments += [(ast.unparse(value), "without its name") for value in call.args]
-            self.arguments += [(k, ast.unparse(value)) for k, value in named.items() if k != f"**{self.rest}"]
-        elif called == "inputs_embeds.masked_scatter":
-            self.masks += [*call.args, *named.values()][:1]
-            self.features += [*call.args, *named.values()][1:]
-        elif called in self.mergers:
-            given = [value for k, value in named.items() if k.endswith(("_features", "_hidden_states"))]
-            self.features += given + call.args
-        elif re.search(r"[^_]_$", called) or named.keys() & {"out", "inplace"} or _variable(call.func) == self.rest:
-            self._act(call)
-
-    def own(self, name: str, *behind: str) -> str | None:
-        """What the language model gets as `name` instead of the forward's argument of this name, or what is written to
-        it or to the variables `behind` it and may not be written there."""
-        given = [value for argument, value in self.arguments if argument == name]
-        if not given and self.calls and name in self.parameters:
-            return f"{name} is kept back"
-        changed = [value for value in given if value != name]
-        for variable, statement, value in self.writes:
-            if variable == "inputs_embeds":
-                kept = statement.startswith("inputs_embeds = ") and not self.changed([value], self._embeds, _MOVED)
-            else:
-                kept = variable in _PLAIN and re.fullmatch(_PLAIN[variable], statement) is not None
-            changed += [statement] * (variable in (name, *behind) and not kept)
-        return changed[0] if changed else None
-
-    def changed(self, nodes: list[ast.expr], source: Callable[[ast.expr], bool], same: frozenset[str]) -> str | None:
-        """The first expression on the way back from `nodes` that is no `source` and does more than pass it on."""
-        wanted, seen = list(nodes), set[str]()
-        for node in wanted:  # which grows
-            text = ast.unparse(node)
-            passed = [] if text in seen or source(node) else self._passed(node, same)
-            if passed is None:
-                return text
-            seen.add(text)
-            wanted += passed
-        return None
-
-    def _passed(self, node: ast.expr, same: frozenset[str]) -> list[ast.expr] | None:
-        """What `node` has its values from; None where they are calculated, picked or come from nowhere."""
-        match node:
-            case ast.Constant(None) | ast.Dict([]):
-                return []
-            case ast.Name(own):
-                return [value for name, _, value in self.writes if name == own] or None
-            case ast.IfExp(_, chosen, otherwise):
-                return [chosen, otherwise]
-            case ast.Call(ast.Attribute(ast.Name("torch"), "cat" | "stack"), [value, *dim]):
-                dims = [*dim, *(k.value for k in node.keywords)]
-                return [value] if all(ast.unparse(given) == "0" for given in dims) else None
-            case ast.Call(ast.Attribute(value, method)):
-                return [value] if method in same else None
-            case ast.Attribute(value, "pooler_output") | ast.Subscript(value, ast.Constant(str())):
-                return [value]
-            case ast.ListComp(value, [ast.comprehension(ifs=[])]):
-                return [value]
-        return None
-
-    def _embeds(self, node: ast.expr) -> bool:
-        called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
-        puts = called == "inputs_embeds.masked_scatter" or called in self.mergers
-        return puts or _EMBED.fullmatch(ast.unparse(node)) is not None
-
-    def places(self, node: ast.expr) -> bool:
-        match node:
-            case ast.Call(func) | ast.Subscript(ast.Call(func), ast.Constant()):
-                return ast.unparse(func) == "self.get_placeholder_mask"
-        return all(re.fullmatch(_PLACES, part) for part in ast.unparse(node).split(" | "))
-
-    def asks(self, node: ast.expr) -> bool:
-        if not (isinstance(node, ast.Call) and _ASK.fullmatch(ast.unparse(node.func))):
-            return False
-        given = [*node.args, *(k.value for k in node.keywords if k.arg != "return_dict")]
-        return not self.changed(given, self._given, _SHAPED)
-
-    def _given(self, node: ast.expr) -> bool:
-        """An argument of the forward, or its first item, which is all there is in a packed batch; or a setting."""
-        plain = re.fullmatch(r"([a-z_]\w*)(\[:1\])?|self\.config\.\w+", ast.unparse(node))
-        return plain is not None and plain[1] not in {name for name, _, _ in self.writes} - {self.rest}
 
 
 @dataclass
@@ -285,12 +112,20 @@ def _deep_features(found: Candidate) -> str | None:
     return f"features that enter at several layers ({handed[0]})" if handed else None
 
 
+def _classifier(found: Candidate) -> str | None:
+    """ShieldGemma 2 is a Gemma 3 for transformers' generating classes, and its own class reads two logits of it."""
+    kind, known = type(found.config), AutoModelForImageClassification._model_mapping
+    return f"a head that picks a class ({getattr(known[kind], '__name__', known[kind])})" if kind in known else None
+
+
 def _one_class(found: Candidate) -> str | None:
     return "its language model and the rest in one class" if found.child is None else None
 
 
 def _own_mask(found: Candidate) -> str | None:
     own = found.forward.own("attention_mask", "cache", "past_key_values")
+    if found.forward.in_blocks and getattr(found.text, "use_bidirectional_attention", False):
+        own = "use_bidirectional_attention, by which the base alone lets all tokens see each other"
     return f"an attention mask of its own ({own})" if own else None
 
 
@@ -301,9 +136,9 @@ def _own_positions(found: Candidate) -> str | None:
 
 def _own_embeddings(found: Candidate) -> str | None:
     forward = found.forward
-    if own := forward.own("inputs_embeds", "input_ids", "llm_input_ids", "is_audio_idx", "multimodal_mask"):
+    if own := forward.own("inputs_embeds", "input_ids", "llm_input_ids"):
         return f"other things among its embeddings than the features of media ({own})"
-    places = forward.changed(forward.masks, forward.places, _SPREAD)
+    places = forward.changed(forward.masks + forward.emptied(), forward.places, SPREAD)
     return f"features that stand elsewhere than at their placeholders ({places})" if places else None
 
 
@@ -315,7 +150,7 @@ def _changed_features(found: Candidate) -> str | None:
     for name in asking:
         if "input_ids" in inspect.signature(getattr(type(found.core), name)).parameters:
             return f"features that depend on the text around them ({name} takes input_ids)"
-    changed = found.forward.changed(found.forward.features, found.forward.asks, _SHAPED)
+    changed = found.forward.changed(found.forward.features, found.forward.asks, SHAPED)
     return f"features that are changed before they are put in their places ({changed})" if changed else None
 
 
@@ -361,11 +196,13 @@ RULES: dict[str, tuple[Callable[[Candidate], str | None], str, str]] = {
         "Use an expert with positions along one axis (LLaVA-OneVision, InternVL, Idefics3 …)"),
     "per-layer embeddings": (_per_layer_embeddings, "Features have no token id, and routes no such tables", _OTHER),
     "deep features": (_deep_features, "Features enter once, among the embeddings", _OTHER),
+    "classifier": (_classifier, "The merged model answers in words, by its base's head", _OTHER),
     "one class": (_one_class,
         "A tower is the class without its language model, and the language model is merged by the base's names",
         "Use a checkpoint whose class keeps the two apart"),
     "attention mask": (_own_mask,
-        "Attention is the base's own and joint over all experts; which tokens see each other would differ", _OTHER),
+        "Attention is the base's own and joint over all experts, and beside it only the tokens of one picture can see "
+        "each other, as in Gemma 3; which tokens see each other would differ", _OTHER),
     "positions": (_own_positions, "Positions are joint over all experts and counted from 0", _OTHER),
     "other embeddings": (_own_embeddings, "Only features at placeholders reach the merged language model", _OTHER),
     "changed features": (_changed_features,
@@ -388,6 +225,12 @@ def misfit(model: PreTrainedModel, config: PreTrainedConfig) -> tuple[str, str] 
     return None
 
 
+def bidirectional(model: PreTrainedModel, config: PreTrainedConfig) -> list[str]:
+    """The modalities whose tokens see each other within one medium, in a class that fits."""
+    # the known masks are made of the token types 1, which in transformers' processors are those of images
+    return ["image"] if Candidate(model, config).forward.in_blocks else []
+
+
 def check_fitness(name: str, model: PreTrainedModel, config: PreTrainedConfig):
     """Raises ValueError where an expert of this class would compute something else in a merged model."""
     found = misfit(model, config)
@@ -396,4 +239,4 @@ def check_fitness(name: str, model: PreTrainedModel, config: PreTrainedConfig):
         raise ValueError(f"expert {name!r}: {type(model).__name__} has {found[1]}. {why}. {instead}")
 
 
-__all__ = ["RULES", "check_fitness", "misfit"]
+__all__ = ["RULES", "bidirectional", "check_fitness", "misfit"]

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 
+from configuration_mmer.composed_config_mmer import ComposedConfig
 from configuration_mmer.configuration_mmer import MMERConfig
 from configuration_mmer.export_mmer import AUTO_MAP, write_hub_code
 
 from .experts import Base, Expert
+from .fitness import bidirectional
 from .recipe import Recipe
 from .report import MergeReport
 from .vocabulary import Vocabulary
@@ -66,12 +68,15 @@ def loadable(config: MMERConfig, dtype: torch.dtype) -> MMERConfig:
 
 def expert_entry(expert: Expert, vocabulary: Vocabulary) -> dict[str, Any]:
     """What config.json says of one expert."""
+    composed = isinstance(expert.config, ComposedConfig)
+    seen = [] if composed else bidirectional(expert.weights.model, expert.config)
     return {
         "config": without_paths(expert.config.to_dict()),
         "placeholders": {
             modality: {"token": token, "id": token_id}
             for modality, (token, token_id) in vocabulary.placeholders[expert.name].items()
         },
+        **({"bidirectional": seen} if seen else {}),
     }
 
 

@@ -1,9 +1,10 @@
 """`generate` for routed models.
 
 Enters: what the processor gives. The media are encoded once, before the loop, into `media_embeds` (batch, sequence,
-hidden), and the routes are settled once into `route_ids` (batch, sequence) and `text_route` (batch,). All three have
-the batch in front, so beams and several return sequences repeat them with the ids, and every step cuts its window out
-of them by position. Invariant: a sample in a batch, a chunk or a beam computes what it computes alone.
+hidden), the routes are settled once into `route_ids` (batch, sequence) and `text_route` (batch,), and media whose
+tokens see each other into `block_sequence_ids` (batch, sequence). All have the batch in front, so beams and several
+return sequences repeat them with the ids, and every step cuts its window out of them by position. Invariant: a sample
+in a batch, a chunk or a beam computes what it computes alone.
 """
 
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from transformers import GenerationMixin
 
 from configuration_mmer.routes_mmer import BASE_ROUTE, named_route
 
+from .attention_mmer import OUTSIDE, media_blocks, whole_blocks
 from .cache_mmer import CACHE, one_cache
 from .routing_mmer import RoutedWeight
 
@@ -31,13 +33,17 @@ class MMERGenerationMixin(GenerationMixin):
         """As GenerationMixin.generate, and: `text_route`, one of auto, base, merged, an expert's name, or one name a
         sample.
 
-        Raises ValueError where placeholders, media and experts do not fit together, before anything is generated.
+        Raises ValueError where placeholders, media and experts do not fit together, before anything is generated, and
+        where a chunk of the prompt would end inside a medium whose tokens see each other.
         """
         input_ids = kwargs.get("input_ids", inputs)
         media = self.model.media_inputs(kwargs)
         if input_ids is not None and kwargs.get("inputs_embeds") is None:
             if kwargs.get("media_embeds") is None and (media or self._has_placeholders(input_ids)):
                 kwargs["media_embeds"] = self.model.embed_media(input_ids, media)
+            tokens = self.config.bidirectional_tokens()
+            if tokens and kwargs.get("media_embeds") is not None and kwargs.get("block_sequence_ids") is None:
+                kwargs["block_sequence_ids"] = media_blocks(input_ids, tokens)
             self._settle_routes(input_ids, kwargs)
         elif media:
             raise ValueError(f"media of {sorted(media)} need input_ids: their placeholders say where features go")
@@ -63,6 +69,8 @@ class MMERGenerationMixin(GenerationMixin):
             route_ids = torch.cat([text_route.unsqueeze(-1).expand(-1, before), route_ids], dim=-1)
             if kwargs.get("media_embeds") is not None:
                 kwargs["media_embeds"] = nn.functional.pad(kwargs["media_embeds"], (0, 0, before, 0))
+            if (blocks := kwargs.get("block_sequence_ids")) is not None and blocks.shape[1] == input_ids.shape[1]:
+                kwargs["block_sequence_ids"] = nn.functional.pad(blocks, (before, 0), value=OUTSIDE)
         kwargs["route_ids"], kwargs["text_route"] = route_ids, text_route
         # settled for all steps: one step of a mixed conversation may well have only base tokens
         kwargs["base_only"] = bool((route_ids == BASE_ROUTE).all())
@@ -80,6 +88,7 @@ class MMERGenerationMixin(GenerationMixin):
         route_ids=None,
         text_route=None,
         media_embeds=None,
+        block_sequence_ids=None,
         **kwargs,
     ):
         cache = one_cache(cache, past_key_values)
@@ -92,12 +101,19 @@ class MMERGenerationMixin(GenerationMixin):
             **{CACHE: cache},
             **kwargs,
         )
-        if text_route is None:
+        if text_route is None and block_sequence_ids is None:
             return model_inputs
         ids = model_inputs.get("input_ids")
         length = (model_inputs["inputs_embeds"] if ids is None else ids).shape[1]
         # where these ids stand in the sequence; generate drops an attention mask of ones, so the cache has to tell
         start = 0 if cache is None else int(cache.get_seq_length())
+        if block_sequence_ids is not None and start < block_sequence_ids.shape[1]:
+            blocks = whole_blocks(block_sequence_ids, start, start + length)
+            if (blocks != OUTSIDE).any():
+                # forward makes the masks, also those that were made above for a static cache
+                model_inputs.update(block_sequence_ids=blocks, attention_mask=attention_mask)
+        if text_route is None:
+            return model_inputs
         model_inputs["text_route"] = text_route
         model_inputs["route_ids"] = _window(route_ids, start, start + length, text_route)
         if media_embeds is not None and start < media_embeds.shape[1]:

@@ -21,6 +21,7 @@ from configuration_mmer.configuration_mmer import MMERConfig
 from configuration_mmer.export_mmer import HubCodeMixin
 from configuration_mmer.routes_mmer import BASE_ROUTE, route_tokens
 
+from .attention_mmer import OUTSIDE, block_masks, check_open_ends, media_blocks, open_ends
 from .cache_mmer import CACHE, one_cache
 from .generation_mmer import MMERGenerationMixin
 from .head_scales_mmer import scaled_hidden, scaled_logits
@@ -49,6 +50,11 @@ class MMERPreTrainedModel(HubCodeMixin, PreTrainedModel):  # type: ignore[misc]
     _supports_flex_attn = True
     _can_compile_fullgraph = True
     _supports_attention_backend = True
+
+    def __init__(self, config: MMERConfig, *inputs, **kwargs):
+        # flash attention drops the masks by which the tokens of one medium see each other
+        self._supports_flash_attn = not config.bidirectional_tokens()
+        super().__init__(config, *inputs, **kwargs)
 
     def initialize_weights(self):
         # modules inside the LLM are initialised by its own class, which knows nothing of what routing adds to them
@@ -198,6 +204,17 @@ class MMERModel(MMERPreTrainedModel):
         derived, text_route = self.routes(ids, text_route)
         return RoutePlan(derived if route_ids is None or overruled else route_ids), text_route
 
+    def _blocks(self, input_ids, media_embeds, blocks, cache) -> torch.Tensor | None:
+        """`block_sequence_ids` of media whose tokens see each other, None where there are none."""
+        tokens = self.config.bidirectional_tokens()
+        if blocks is None and tokens and media_embeds is not None and input_ids is not None:
+            blocks = media_blocks(input_ids, tokens)
+        if blocks is None or not (blocks != OUTSIDE).any():
+            return None
+        if input_ids is not None and cache is not None and int(cache.get_seq_length()) > 0:
+            check_open_ends(getattr(cache, "mmer_open_ends", None), input_ids, blocks)
+        return blocks
+
     @can_return_tuple
     def forward(
         self,
@@ -210,14 +227,16 @@ class MMERModel(MMERPreTrainedModel):
         route_ids: torch.Tensor | None = None,
         text_route: TextRoute | None = None,
         media_embeds: torch.Tensor | None = None,
+        block_sequence_ids: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
         **kwargs,
     ) -> MMERModelOutputWithPast:
         """
         route_ids: (batch, sequence) int64, text_route: (batch,) int64 or route names; derived from the placeholders
         when absent. media_embeds: (batch, sequence, hidden), features already at their placeholders (`embed_media`).
-        Media tensors come as "<expert>.<name>". mm_token_type_ids is accepted because processors make it; routes do
-        not need it.
+        Media tensors come as "<expert>.<name>". block_sequence_ids: (batch, sequence) int64, tokens of one number see
+        each other and -1 is causal; taken from the placeholders when absent. mm_token_type_ids is accepted because
+        processors make it; routes do not need it.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass input_ids or inputs_embeds: exactly one of the two")
@@ -228,9 +247,13 @@ class MMERModel(MMERPreTrainedModel):
                 raise ValueError(f"media of {sorted(media)} need input_ids: their placeholders say where features go")
             media_embeds = self.embed_media(input_ids, media)
         plan, text_route = self._plan(input_ids, inputs_embeds, route_ids, text_route, cache)
+        blocks = self._blocks(input_ids, media_embeds, block_sequence_ids, cache)
         with route_scope(plan):
             if input_ids is not None:
                 inputs_embeds = self.embed(input_ids, media_embeds, plan)
+            if blocks is not None:
+                llm = self.language_model.config
+                attention_mask = block_masks(llm, inputs_embeds, attention_mask, cache, position_ids, blocks)
             outputs = self.language_model(
                 attention_mask=attention_mask,
                 position_ids=position_ids,
@@ -241,6 +264,7 @@ class MMERModel(MMERPreTrainedModel):
             )
         if (filled := getattr(outputs, CACHE)) is not None:
             filled.mmer_text_route = text_route
+            filled.mmer_open_ends = None if blocks is None or input_ids is None else open_ends(input_ids, blocks)
         return MMERModelOutputWithPast(**outputs, plan=plan)
 
 
@@ -335,6 +359,7 @@ class MMERForConditionalGeneration(MMERPreTrainedModel, MMERGenerationMixin):  #
         route_ids: torch.Tensor | None = None,
         text_route: TextRoute | None = None,
         media_embeds: torch.Tensor | None = None,
+        block_sequence_ids: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
         base_only: bool | None = None,
         **kwargs,
@@ -354,6 +379,7 @@ class MMERForConditionalGeneration(MMERPreTrainedModel, MMERGenerationMixin):  #
             route_ids=route_ids,
             text_route=text_route,
             media_embeds=media_embeds,
+            block_sequence_ids=block_sequence_ids,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

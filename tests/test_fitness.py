@@ -8,15 +8,15 @@ import pytest
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from merging_mmer import fitness
+from merging_mmer import forward_source
 from merging_mmer.experts import Base, open_expert
-from merging_mmer.fitness import RULES, check_fitness, misfit
+from merging_mmer.fitness import RULES, bidirectional, check_fitness, misfit
 from merging_mmer.naming import class_on_meta
 from merging_mmer.recipe import ExpertRecipe
 
 from . import tiny_checkpoints as tiny
 from .tiny_misfits import REFUSED, refused_config
-from .tiny_stock import config
+from .tiny_stock import STOCK, config
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -49,16 +49,16 @@ def scattered(features: str) -> tuple[str, str]:
 
 
 @cache
-def llava() -> tuple[PreTrainedModel, str]:
-    model = class_on_meta(config("llava"), multimodal=True)
+def forward_of(kind: str) -> tuple[PreTrainedModel, str]:
+    model = class_on_meta(config(kind), multimodal=True)
     assert misfit(model, model.config) is None
     return model, textwrap.dedent(inspect.getsource(inspect.unwrap(type(model.base_model).forward)))
 
 
-def judged(change: tuple[str, str], monkeypatch) -> tuple[str, str] | None:
-    model, source = llava()
+def judged(change: tuple[str, str], monkeypatch, kind: str = "llava") -> tuple[str, str] | None:
+    model, source = forward_of(kind)
     assert change[0] in source
-    monkeypatch.setattr(fitness.inspect, "getsource", lambda function: source.replace(*change))
+    monkeypatch.setattr(forward_source.inspect, "getsource", lambda function: source.replace(*change))
     return misfit(model, model.config)
 
 
@@ -143,6 +143,70 @@ def test_a_class_of_one_s_own_that_changes_nothing_fits(change, monkeypatch):
     assert judged(change, monkeypatch) is None
 
 
+GEMMA = "outputs = self.language_model("
+MASKS = "causal_mask_mapping = create_masks_for_"
+
+
+def test_tokens_of_a_picture_that_see_each_other():
+    assert {kind for kind in STOCK if bidirectional(*_class(kind))} == {"gemma3"}
+    assert bidirectional(*_class("gemma3")) == ["image"]
+
+
+def _class(kind: str):
+    return class_on_meta(config(kind), multimodal=True), config(kind)
+
+
+@pytest.mark.parametrize(
+    ("rule", "change"),
+    [
+        ("attention mask", ("if token_type_ids is not None", "if token_type_ids is None")),
+        ("attention mask", ("if token_type_ids is not None", "if token_type_ids is not None and self.training")),
+        ("attention mask", ("mask(token_type_ids, device", "mask(token_type_ids + 1, device")),
+        ("attention mask", ("mask(token_type_ids, device", "mask(1 - token_type_ids, device")),
+        ("attention mask", ("block_sequence_ids=block_sequence_ids", "block_sequence_ids=token_type_ids")),
+        ("attention mask", (f"{MASKS}vision_model(", f"{MASKS}all_models(")),
+        ("attention mask", (f"{MASKS}generate(**mask_kwargs)", "causal_mask_mapping = attention_mask")),
+        ("attention mask", ("not isinstance(causal_mask_mapping := attention_mask, dict)", "self.training")),
+        ("attention mask", ('"attention_mask": attention_mask', '"attention_mask": None')),
+        ("attention mask", ('"config": self.config.get_text_config()', '"config": self.config.vision_config')),
+        ("attention mask", ("attention_mask=causal_mask_mapping", "attention_mask=attention_mask.bool()")),
+        ("attention mask", ("attention_mask=causal_mask_mapping", "attention_mask=causal_mask_mapping.bool()")),
+        ("attention mask", (GEMMA, f"causal_mask_mapping['full_attention'] = None\n    {GEMMA}")),
+        ("attention mask", (GEMMA, f"causal_mask_mapping.update(full_attention=None)\n    {GEMMA}")),
+        ("attention mask", (GEMMA, f"causal_mask_mapping = attention_mask\n    {GEMMA}")),
+        ("attention mask", (GEMMA, f"causal_mask_mapping, seen = None, 1\n    {GEMMA}")),
+        ("attention mask", ("llm_input_ids = input_ids.clone()", "token_type_ids = None")),
+        ("attention mask", ("llm_input_ids = input_ids.clone()", "attention_mask = attention_mask * 2")),
+        ("positions", ("llm_input_ids = input_ids.clone()", "position_ids = position_ids + 1")),
+        ("other embeddings", ("llm_input_ids = input_ids.clone()", "llm_input_ids = input_ids.roll(1)")),
+        ("other embeddings", ("llm_input_ids[special_image_mask] = 0", "llm_input_ids[special_image_mask] = 1")),
+        ("other embeddings", ("llm_input_ids[special_image_mask] = 0", "llm_input_ids[input_ids > 9] = 0")),
+        ("other embeddings", ("llm_input_ids[special_image_mask]", "llm_input_ids[attention_mask]")),
+        ("other embeddings", ("special_image_mask = input_ids == self", "special_image_mask = input_ids > self")),
+        ("changed features", ("(special_image_mask, image_features)", "(special_image_mask, 2 * image_features)")),
+        ("other arguments", ("use_cache=use_cache", "use_cache=use_cache, token_types=token_type_ids")),
+    ],
+)
+def test_gemma_3_with_one_line_of_its_forward_changed(rule, change, monkeypatch):
+    found = judged(change, monkeypatch, "gemma3")
+    assert found is not None and found[0] == rule
+
+
+@pytest.mark.parametrize(
+    "name", ["create_masks_for_vision_model", "get_block_sequence_ids_for_mask", "create_masks_for_generate"]
+)
+def test_masks_by_functions_of_one_s_own(name, monkeypatch):
+    model, _ = forward_of("gemma3")
+    monkeypatch.setattr(inspect.getmodule(type(model)), name, lambda *args, **kwargs: None)
+    assert misfit(model, model.config)[0] == "attention mask" and not bidirectional(model, model.config)
+
+
+def test_masks_of_a_base_whose_text_sees_all():
+    wanted = config("gemma3", use_bidirectional_attention=True)
+    rule, found = misfit(class_on_meta(wanted, multimodal=True), wanted)
+    assert rule == "attention mask" and "use_bidirectional_attention" in found
+
+
 def test_a_recipe_with_such_an_expert_is_refused_before_its_weights_are_read(tmp_path):
     base = Base(str(tiny.save(tiny.base_model("qwen2"), tmp_path / "base")))
     AutoConfig.for_model("qwen2_vl").save_pretrained(tmp_path / "expert")
@@ -155,6 +219,6 @@ def test_a_class_whose_source_is_not_there(monkeypatch):
         raise OSError("could not get source code")
 
     model = class_on_meta(config("llava"), multimodal=True)
-    monkeypatch.setattr(fitness.inspect, "getsource", gone)
+    monkeypatch.setattr(forward_source.inspect, "getsource", gone)
     with pytest.raises(ValueError, match="LlavaModel: what its forward does cannot be read"):
         misfit(model, model.config)

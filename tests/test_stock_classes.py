@@ -8,12 +8,13 @@ import torch
 
 from configuration_mmer import MMERConfig
 from merging_mmer.experts import Base, Expert, open_expert
+from merging_mmer.fitness import bidirectional
 from merging_mmer.recipe import ExpertRecipe
 from modeling_mmer import MMERForConditionalGeneration
 from modeling_mmer.towers_mmer import build_tower, language_model_name, tower_features
 
 from . import tiny_checkpoints as tiny
-from .tiny_stock import PLACEHOLDERS, STOCK, base_model, expert_model, media
+from .tiny_stock import PLACEHOLDERS, STOCK, base_model, expert_model, media, token_types
 
 CASES = [(kind, modality) for kind in STOCK for modality in media(kind)]
 NAMES = [f"{kind}-{modality}" for kind, modality in CASES]
@@ -60,6 +61,7 @@ def whole(base: Base, expert: Expert, modalities) -> MMERForConditionalGeneratio
             "own": {
                 "config": expert.config.to_dict(),
                 "placeholders": {m: {"token": f"<{m}>", "id": PLACEHOLDERS[m]} for m in modalities},
+                "bidirectional": bidirectional(expert.weights.model, expert.config),
             }
         },
         delta_modules=[name.removesuffix(".weight") for name in matrices],
@@ -113,7 +115,8 @@ def test_every_tensor_finds_its_place_and_the_logits_are_the_class_s_own(kind, t
         ids = prompt(modality, len(features_of(tower_of(trained), modality, inputs)))
         with torch.no_grad():
             torch.manual_seed(7)
-            want = trained(input_ids=ids, attention_mask=torch.ones_like(ids), **inputs).logits * STOCK[kind].head
+            own = dict(input_ids=ids, attention_mask=torch.ones_like(ids), **token_types(trained, ids), **inputs)
+            want = trained(**own).logits * STOCK[kind].head
             torch.manual_seed(7)
             got = merged(
                 input_ids=ids, attention_mask=torch.ones_like(ids), text_route="own",
@@ -139,7 +142,7 @@ def test_features_are_what_the_original_language_model_receives(kind, modality):
         ids = prompt(modality, len(got))
         torch.manual_seed(7)
         with torch.no_grad():
-            model(input_ids=ids, attention_mask=torch.ones_like(ids), **inputs)
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), **token_types(model, ids), **inputs)
         assert torch.equal(got, received["embeds"][ids == PLACEHOLDERS[modality]])
         assert got.std() > 1e-3
 

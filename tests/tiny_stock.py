@@ -1,5 +1,6 @@
 """Every class of transformers that fits as an expert, tiny and random, with media as its processor makes them."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "cohere2": dict(logit_scale=0.25, head_dim=8, sliding_window=8, tie_word_embeddings=True),
     "exaone4": dict(head_dim=8, sliding_window=8, layer_types=["sliding_attention", "full_attention"]),
     "hyperclovax": dict(logits_scaling=0.5, embedding_multiplier=2.0),
+    "gemma3_text": dict(
+        head_dim=8, query_pre_attn_scalar=8, sliding_window=8, layer_types=["sliding_attention", "full_attention"]
+    ),
     "persimmon": dict(partial_rotary_factor=0.5),
 }
 _PATCHES = dict(
@@ -216,6 +220,12 @@ STOCK: dict[str, Stock] = {
         dict(vision_config=dict(_PATCHES, patch_size=4), image_token_id=IMAGE, video_token_id=VIDEO),
         _packed_patches,
     ),
+    # a picture of 16 tokens, twice as long as the sliding window
+    "gemma3": Stock(
+        "gemma3_text",
+        dict(vision_config=dict(_SIGLIP, patch_size=4), mm_tokens_per_image=16, image_token_index=IMAGE),
+        _image(2, 3, 16, 16),
+    ),
     "fuyu": Stock("persimmon", dict(image_size=8, patch_size=4, **_ID), _image(2, 4, 48)),
     "qwen2_audio": Stock(
         "qwen2",
@@ -364,3 +374,10 @@ def expert_model(kind: str, base: PreTrainedModel, seed: int = 1, noise: float =
 def media(kind: str, seed: int = 3) -> Media:
     torch.manual_seed(seed)
     return STOCK[kind].media()
+
+
+def token_types(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the class's processor makes besides, where the class takes it (Gemma 3): 1 at a picture's tokens."""
+    if "token_type_ids" not in inspect.signature(type(model).forward).parameters:
+        return {}
+    return {"token_type_ids": (ids == IMAGE).long()}
