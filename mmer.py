@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
@@ -21,6 +22,8 @@ from merging_mmer import merge as merge_folder
 from merging_mmer import remove as remove_from_folder
 from merging_mmer.comparison import Fit
 from merging_mmer.inspection import Inspection, inspect
+from merging_mmer.merge import plan as plan_of
+from merging_mmer.plan import MergePlan
 from merging_mmer.recipe import load_experts
 from merging_mmer.verification import Check, Verification, verify
 from modeling_mmer import MMERForConditionalGeneration
@@ -93,13 +96,40 @@ def merge_command(
     overwrite: Annotated[bool, typer.Option(help="replace what is in the folder")] = False,
     max_shard_size: Annotated[str, typer.Option(help="size of a weight file")] = "2GB",
     trust_remote_code: Annotated[bool, typer.Option(help="run an expert's own code")] = False,
+    threads: Annotated[int | None, typer.Option(help="workers; as many as there are processors when absent")] = None,
+    device: Annotated[str, typer.Option(help="where the arithmetic is done: cpu, cuda, cuda:1 …")] = "cpu",
+    ray: Annotated[str | None, typer.Option(help="a Ray cluster that does the work: host:port, or auto")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="tell what would be done, and write nothing")] = False,
 ):
     """Merge experts as a recipe says; prints densities, residuals and warnings."""
+    settings: dict[str, Any] = {
+        "max_shard_size": max_shard_size, "trust_remote_code": trust_remote_code, "threads": threads,
+    }  # fmt: skip
     with _plain_errors():
-        report = merge(
-            recipe, out, overwrite=overwrite, max_shard_size=max_shard_size, trust_remote_code=trust_remote_code
-        )
+        if dry_run:
+            _print_plan(plan_of(recipe, **settings), out)
+            return
+        report = merge(recipe, out, overwrite=overwrite, device=device, ray=ray, **settings)
     _print_report(report, out)
+
+
+def _print_plan(plan: MergePlan, out: Path):
+    table = Table("", "tensors", "written", title=f"what a merge into {escape(str(out))} would do")
+    words = {
+        "matrix": "matrices with a merged vector", "small": "norms and biases of which each expert keeps its own",
+        "same": "equal to the base in all experts", "rows": "rows of added tokens", "tower": "towers",
+    }  # fmt: skip
+    for kind, word in words.items():
+        parts = [part for part in plan.parts if part.kind == kind]
+        size = sum(stored.nbytes for part in parts for stored in part.stored)
+        table.add_row(word, str(len(parts)), decimal(size))
+    table.add_row("together", str(len(plan.parts)), decimal(plan.placement.total_bytes), style="bold")
+    console.print(table)
+    files = plan.placement.files
+    console.print(f"{len(files)} {'file' if len(files) == 1 else 'files'}, {decimal(plan.reads)} to read")
+    console.print(f"{plan.threads} workers, {decimal(plan.memory)} of memory at most beside the interpreter's own")
+    for warning in plan.warnings:
+        console.print(f"[yellow]warning:[/yellow] {escape(warning)}")
 
 
 def _print_report(report: MergeReport, out: Path):

@@ -244,7 +244,8 @@ class _Addition:
         for expert in self.newcomers:
             tau = taus[expert.name]
             if self.kind == "exact":
-                b, a = exact_factors(expert, name, theta_0, tau, rank, self.tokens)
+                dense = bool(expert.dense_part(name, theta_0, self.tokens).any())
+                b, a = exact_factors(expert, name, theta_0, rank, self.tokens, dense)
                 own = Decoupled(correction=(b.to(self.dtype), a.to(self.dtype)))
             else:
                 self.fill_free(expert.name, parts, tau)

@@ -71,23 +71,23 @@ def largest_rank(experts: Sequence[Expert]) -> int:
 
 
 def exact_factors(
-    expert: Expert, name: str, theta_0: torch.Tensor, tau: torch.Tensor, rank: int, tokens: int
+    expert: Expert, name: str, theta_0: torch.Tensor, rank: int, tokens: int, dense: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(B (out, rank), A (rank, in)) of the expert's own LoRA on one matrix, zero padded. The base has `tokens` tokens.
 
-    Raises ValueError where the expert changed the matrix beyond a LoRA.
+    Raises ValueError where the expert changed the matrix beyond a LoRA, which `dense` says.
     """
-    factors = expert.factors(name)
-    if bool(expert.dense_part(name, theta_0, tokens).any()):
+    if dense:
         raise ValueError(
             f"decoupling.kind exact keeps an expert's own LoRA, but expert {expert.name!r} changed {name} "
             "beyond one: use kind mask for experts that were tuned in full"
         )
+    factors = expert.factors(name)
     if factors is None:
         return torch.zeros(len(theta_0), rank), torch.zeros(rank, theta_0.shape[1])
     b, a = factors
     if b.shape[1] > rank:  # more rank than the matrix has
-        b, a = correct(tau, rank)
+        b, a = correct(expert.task_vector(name, theta_0, tokens), rank)
     if name in expert.base.vocabulary_names:
         b = b[: len(theta_0)].clone()
         b[tokens:] = 0

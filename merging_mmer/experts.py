@@ -41,7 +41,7 @@ SAME_FIELDS = (
 # of the same shape near √2 = 1.41, and at 0.7 the cosine of two vectors of one length is 0.75
 LARGEST_DISTANCE = 0.7
 
-_SAMPLED = 8
+_SAMPLED, _SAMPLED_ROWS = 8, 256
 
 
 @dataclass
@@ -57,6 +57,11 @@ class Distance:
         self.tau += float((tau * tau).sum())
         self.theta_0 += float((theta_0 * theta_0).sum())
         self.product += float((tau * theta_0).sum())
+
+    def join(self, other: "Distance"):
+        self.tau += other.tau
+        self.theta_0 += other.theta_0
+        self.product += other.product
 
     @property
     def relative(self) -> float:
@@ -120,6 +125,10 @@ class Base:
     def tensor(self, name: str) -> torch.Tensor:
         return self.weights.tensor(self.full_names[name])
 
+    def files(self) -> list[Path]:
+        """Every file that was read of it, weights first."""
+        return [*self.weights.checkpoint.files, self.folder / "config.json"]
+
 
 @dataclass
 class Expert:
@@ -145,7 +154,7 @@ class Expert:
         own = self.adapter_folder
         self.processor_folder = own if own is not None and holds_processor(own) else self.tower_folder
 
-    def _stored(self, name: str) -> torch.Tensor:
+    def stored(self, name: str) -> torch.Tensor:
         full = self.llm[name]
         tensor = self.weights.tensor(full) if self.has_llm else self.base.tensor(name)
         return tensor if self.adapter is None else self.adapter.replace(full, tensor)
@@ -163,7 +172,7 @@ class Expert:
 
     def dense_part(self, name: str, theta_0: torch.Tensor, tokens: int) -> torch.Tensor:
         """τ without the LoRA's B·A."""
-        theta = self._stored(name)
+        theta = self.stored(name)
         if name in self.base.vocabulary_names:
             return vocabulary_task_vector(theta, theta_0, tokens)
         return task_vector(theta, theta_0)
@@ -176,7 +185,7 @@ class Expert:
 
     def exact_tensor(self, name: str) -> torch.Tensor:
         """θᵢ in the dtype it was saved in (fp32 where a LoRA changed it)."""
-        stored = self._stored(name)
+        stored = self.stored(name)
         delta = self.adapter.delta(self.llm[name]) if self.adapter else None
         return stored if delta is None else stored.float() + delta
 
@@ -194,6 +203,14 @@ class Expert:
             )
         delta = self.adapter.delta(full)
         return replaced if delta is None else (replaced.float() + delta).to(tensor.dtype)
+
+    def tower_dtype(self, name: str) -> torch.dtype:
+        """The dtype of `tower_tensor(name)`."""
+        full = self.tower[name]
+        tensor = self.weights.tensor(full)
+        if self.adapter is None or full in self.adapter.ranks:
+            return tensor.dtype
+        return self.adapter.replace(full, tensor).dtype
 
     @property
     def notes(self) -> list[str]:
@@ -365,5 +382,9 @@ def _check_distance(expert: Expert):
     distance = Distance()
     for name in sampled_matrices(expert.base):
         theta_0 = expert.base.tensor(name)
-        distance.add(expert.task_vector(name, theta_0, len(theta_0)), theta_0)
+        if expert.adapter is None:
+            theta, theta_0 = expert.stored(name)[:_SAMPLED_ROWS], theta_0[:_SAMPLED_ROWS]
+            distance.add(task_vector(theta, theta_0), theta_0)
+        else:
+            distance.add(expert.task_vector(name, theta_0, len(theta_0)), theta_0)
     distance.check(expert.name, expert.base.source)

@@ -1,45 +1,75 @@
-"""How a merge that was killed goes on: which step comes next, and what was gathered before it.
+"""How a merge that was killed goes on: which parts of the folder are done, and what was measured of them.
 
-Enters: after each shard that was written, the step whose tensors are not all on disk yet, and the state from just
-before it. Leaves: journal.json beside the shards, replaced at once and whole. Invariant: a journal is only followed
-by the same merge: same recipe, same input files (names, sizes, times), same code; anything else starts afresh.
+Enters: after each part whose bytes are all written, its name and its numbers. Leaves: journal.jsonl beside the
+unfinished folder, one line a part. Invariant: a journal is only followed by the same merge: same recipe, same input
+files (by sha256), same code; anything else starts afresh. A line that was cut off by the kill does not count.
 """
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import IO, Any
 
+import numpy
 import torch
 
-_NAME = "journal.json"
+NAME = "journal.jsonl"
 
 
-def fingerprint(settings: Any, files: Iterable[Path]) -> str:
-    """What a merge depends on: its settings, its input files as the file system tells them apart, and our own code."""
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+def fingerprint(settings: Any, inputs: Mapping[str, str]) -> str:
+    """What a merge depends on: its settings, its input files (path -> sha256), our own code, the libraries."""
     code = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(Path(__file__).parent.glob("*.py"))]
-    return hashlib.sha256(json.dumps([settings, stats, code, torch.__version__]).encode()).hexdigest()
+    depends = [settings, sorted(inputs.items()), code, torch.__version__, numpy.__version__]
+    return hashlib.sha256(json.dumps(depends).encode()).hexdigest()
 
 
 class Journal:
-    """`step` is where to start, `shards` how many shards are written, `state` what to restore (None: nothing)."""
+    """`done`: part -> its numbers. `begin` starts a new journal, `add` writes a line; threads may share it."""
 
-    def __init__(self, folder: Path, key: str):
-        self.path, self.key = folder / _NAME, key
-        self.step, self.shards, self.state = 0, 0, None
-        if self.path.is_file():
-            found = json.loads(self.path.read_text(encoding="utf-8"))
-            if found["key"] == key:
-                self.step, self.shards, self.state = found["step"], found["shards"], found["state"]
+    def __init__(self, path: Path, key: str):
+        self.path, self.key = path, key
+        self.done: dict[str, Any] = {}
+        self.same = False
+        self._lock = Lock()
+        self._file: IO[bytes] | None = None
+        if not path.is_file():
+            return
+        lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last line end was cut off
+        if lines and _line(lines[0]) == {"key": key}:
+            self.same = True
+            for line in lines[1:]:
+                entry = _line(line)
+                if entry is None:
+                    break
+                self.done[entry["part"]] = entry["numbers"]
 
-    def write(self, step: int, shards: int, state: Any):
-        values = {"key": self.key, "step": step, "shards": shards, "state": state}
+    def begin(self):
+        """Open for writing: behind what is there of the same merge, else anew."""
+        if self.same:
+            lines = [{"key": self.key}, *({"part": part, "numbers": of} for part, of in self.done.items())]
+        else:
+            self.done, lines = {}, [{"key": self.key}]
         fresh = self.path.with_suffix(".fresh")
-        fresh.write_text(json.dumps(values), encoding="utf-8")
-        os.replace(fresh, self.path)
+        fresh.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        fresh.replace(self.path)
+        self._file = self.path.open("ab", buffering=0)
 
-    def remove(self):
-        self.path.unlink(missing_ok=True)
+    def add(self, part: str, numbers: Any):
+        line = json.dumps({"part": part, "numbers": numbers}).encode() + b"\n"
+        with self._lock:
+            assert self._file is not None
+            self._file.write(line)
+            self.done[part] = numbers
+
+    def close(self):
+        if self._file is not None:
+            self._file.close()
+
+
+def _line(text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None

@@ -1,15 +1,18 @@
 """The merge: a recipe in, a Hub repository on disk out.
 
-One tensor of the language model at a time is read from the base and all experts, merged, decoupled, measured and
-written; the peak memory is a few tensors in fp32. Invariants: θ₀ is stored bit for bit, what is measured is what is
-stored, and the output folder appears at once and whole, or not at all.
+The folder is planned first: which tensors the experts changed, and where every byte will lie. Then each part is done
+by itself, by one of several workers, and written to its place. Invariants: θ₀ is stored bit for bit, what is measured
+is what is stored, the bytes depend neither on the number of workers nor on the size of a block, and the output folder
+appears at once and whole, or not at all.
 """
 
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing, contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +21,24 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from .added_rows import lay_out, read_rows, row_places
-from .decoupling import exact_factors, largest_rank, settle
-from .experts import Base, Expert, open_expert
+from .decoupling import largest_rank, settle
+from .experts import Base, open_expert
+from .journal import NAME as JOURNAL
 from .journal import Journal, fingerprint
-from .matrices import Decoupled, decouple_matrix, merged_vector, row_blocks
-from .naming import HEAD, stored_name
+from .matrix_work import BLOCK, Job
+from .placement import PlacedFiles, Placement, Stored
+from .plan import MergePlan, Part, Planner, changed_tensors
+from .ray_engine import Order, cluster, hashes_on, parts_on
 from .recipe import Recipe
 from .report import Measurement, MergeReport, sha256
 from .repository import build_config, write_repository
-from .shards import ShardWriter, size_in_bytes
-from .ties import model_threshold
+from .shards import size_in_bytes
+from .task_vectors import one_thread
+from .thresholds import model_thresholds
 from .vocabulary import Vocabulary, build_processor, merge_vocabulary
+from .workers import do_part
 
+_THRESHOLDS = "thresholds"
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -41,36 +50,87 @@ def merge(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     finish: Callable[[Path], object] | None = None,
+    threads: int | None = None,
+    block: int | None = None,
+    device: str = "cpu",
+    ray: str | None = None,
 ) -> MergeReport:
     """Merge what `recipe` names into the new folder `out`.
 
     A merge that was killed goes on where it was when it is called again, and gives the same bytes. `finish` is called
-    with the finished folder, just before it appears under its name, to add files to it (a card). Raises ValueError for
-    a recipe, base or expert that does not fit, and for an `out` that holds something (unless `overwrite`); nothing is
-    left behind then.
+    with the finished folder, just before it appears under its name, to add files to it (a card).
+
+    threads: workers, each with one tensor at a time; as many as the process has processors when absent. block: entries
+    of a block. device: where the arithmetic is done ("cuda"). ray: the address of a Ray cluster whose nodes do the
+    work, `auto` for the one that runs here; they must see `out`, and the sources of the recipe. Threads, block and
+    cluster change no byte.
+
+    Raises ValueError for a recipe, base or expert that does not fit, and for an `out` that holds something (unless
+    `overwrite`); OSError for a disk without room. Nothing is left behind then.
     """
     started = time.monotonic()
-    if not isinstance(recipe, Recipe):
-        recipe = Recipe.load(recipe)
     out = Path(os.path.abspath(out))
-    size_in_bytes(max_shard_size)
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
         raise ValueError(f"{out} is not empty. Give another folder, or overwrite=True to replace it")
     out.parent.mkdir(parents=True, exist_ok=True)
     workplace = out.parent / f".{out.name}.partial"
-    unfinished = workplace / out.name
-    unfinished.mkdir(parents=True, exist_ok=True)
-    try:
-        report = _Merge(recipe, unfinished, progress, max_shard_size, trust_remote_code).run(started)
-        if finish is not None:
-            finish(unfinished)
-    except Exception:
-        # an interrupt is no Exception: it leaves what is done, to go on from
-        shutil.rmtree(workplace, ignore_errors=True)
-        raise
-    put_in_place(unfinished, out)
-    shutil.rmtree(workplace)
+    _check_device(device, ray)
+    with nullcontext() if ray is None else cluster(ray) as connected, _alone(workplace):
+        try:
+            planned = _Merge(recipe, max_shard_size, trust_remote_code, threads, block, device, progress, connected)
+            unfinished = workplace / out.name
+            report = planned.run(unfinished, started)
+            if finish is not None:
+                finish(unfinished)
+        except Exception:
+            # an interrupt is no Exception: it leaves what is done, to go on from
+            shutil.rmtree(workplace, ignore_errors=True)
+            raise
+        put_in_place(unfinished, out)
+        shutil.rmtree(workplace)
     return report
+
+
+def plan(
+    recipe: Recipe | str | Path,
+    max_shard_size: str | int = "2GB",
+    trust_remote_code: bool = False,
+    threads: int | None = None,
+    block: int | None = None,
+) -> MergePlan:
+    """What `merge` would do, without writing anything. Raises ValueError as `merge` does."""
+    return _Merge(recipe, max_shard_size, trust_remote_code, threads, block, "cpu", False).plan
+
+
+@contextmanager
+def _alone(workplace: Path) -> Iterator[None]:
+    """Raises ValueError where another process is merging into the same folder."""
+    workplace.mkdir(exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    folder = os.open(workplace, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{workplace}: another process is merging into this folder. Wait for it") from error
+        yield
+    finally:
+        os.close(folder)
+
+
+def _check_device(device: str, ray: str | None):
+    if device == "cpu":
+        return
+    if ray is not None:
+        raise ValueError(f"found device {device!r} and a Ray cluster, whose workers use CPUs: give one of the two")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device is {device!r}, which is not to be had here: {error}") from error
 
 
 def put_in_place(unfinished: Path, out: Path):
@@ -83,12 +143,25 @@ def put_in_place(unfinished: Path, out: Path):
 
 class _Merge:
     def __init__(
-        self, recipe: Recipe, folder: Path, progress: bool, max_shard_size: str | int, trust_remote_code: bool
+        self,
+        recipe: Recipe | str | Path,
+        max_shard_size: str | int,
+        trust_remote_code: bool,
+        threads: int | None,
+        block: int | None,
+        device: str,
+        progress: bool,
+        ray: Any = None,
     ):
-        self.recipe, self.folder, self.progress = recipe, folder, progress
+        self.ray, self.trust_remote_code = ray, trust_remote_code
+        recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+        self.shard_size, self.device, self.progress = size_in_bytes(max_shard_size), device, progress
+        self.threads, self.block = threads or _processors(), block or BLOCK
+        if min(self.threads, self.block) < 1:
+            raise ValueError(f"threads is {threads} and block {block}: expected 1 or more")
         self.base = Base(recipe.base, trust_remote_code)
         self.experts = [open_expert(name, e, self.base, trust_remote_code) for name, e in recipe.experts.items()]
-        self.dtype = self._dtype()
+        self.dtype = self._dtype(recipe)
         tokenizer = AutoTokenizer.from_pretrained(self.base.folder, trust_remote_code=trust_remote_code)
         self.tokens = len(tokenizer)
         settled = settle(recipe.decoupling, self.experts, self.base, self.tokens)
@@ -100,49 +173,11 @@ class _Merge:
         self.processor = build_processor(
             self.vocabulary, processors, tokenizer.chat_template, recipe.text_route, recipe.default_experts
         )
-        self.measurement = Measurement([e.name for e in self.experts], self.dtype)
-        self.delta_modules: list[str] = []
-        self.expert_tensors: list[str] = []
-        self.thresholds: dict[str, tuple[float, int]] = {}
-        self.rank = self._rank()
-        self._go_on(max_shard_size)
+        self.rank = largest_rank(self.experts) if settled.kind == "exact" else settled.rank
 
-    def _go_on(self, max_shard_size: str | int):
-        """Start, or take up what a killed run of the same merge left in the folder."""
-        files = [*self.base.weights.checkpoint.files, *(file for expert in self.experts for file in expert.files())]
-        settings = [self.recipe.resolved(), size_in_bytes(max_shard_size)]
-        self.journal = Journal(self.folder, fingerprint(settings, files))
-        self.step, self.before_step = self.journal.step, self.journal.state
-        kept = {self.folder / f"shard-{shard:05d}.partial" for shard in range(self.journal.shards)}
-        if kept:
-            kept.add(self.journal.path)
-        for path in set(self.folder.iterdir()) - kept:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        self.writer = ShardWriter(self.folder, max_shard_size, self.journal.shards, self._shard_written)
-        if self.journal.state is None:
-            self.thresholds = self._thresholds()
-        else:
-            self.restore(self.journal.state)
-
-    def _shard_written(self, shards: int):
-        self.journal.write(self.step, shards, self.before_step)
-
-    def state(self) -> dict[str, Any]:
-        return {
-            "measurement": self.measurement.state(),
-            "thresholds": dict(self.thresholds),
-            "delta_modules": list(self.delta_modules),
-            "expert_tensors": list(self.expert_tensors),
-        }
-
-    def restore(self, state: dict[str, Any]):
-        self.measurement.restore(state["measurement"])
-        self.thresholds = {name: (threshold, ties) for name, (threshold, ties) in state["thresholds"].items()}
-        self.delta_modules, self.expert_tensors = list(state["delta_modules"]), list(state["expert_tensors"])
-
-    def _dtype(self) -> torch.dtype:
-        if self.recipe.dtype is not None:
-            return _DTYPES[self.recipe.dtype]
+    def _dtype(self, recipe: Recipe) -> torch.dtype:
+        if recipe.dtype is not None:
+            return _DTYPES[recipe.dtype]
         dtype = self.base.tensor(self.base.embedding).dtype
         if dtype not in _DTYPES.values():
             raise ValueError(
@@ -150,125 +185,134 @@ class _Merge:
             )
         return dtype
 
-    def _rank(self) -> int:
-        decoupling = self.recipe.decoupling
-        return largest_rank(self.experts) if decoupling.kind == "exact" else decoupling.rank
+    @cached_property
+    def plan(self) -> MergePlan:
+        changed = changed_tensors(self.base, self.experts, self.tokens, self.threads)
+        planner = Planner(self.recipe, self.base, self.experts, self.dtype, self.rank, self.block)
+        rows = []
+        if self.vocabulary.added_tokens:
+            places = row_places(self.base).values()
+            rows = [Stored(place, self.dtype, tuple(m.shape)) for place, m in zip(places, self.added_rows[0])]
+        parts = planner.parts(changed, rows)
+        placement = Placement([stored for part in parts for stored in part.stored], self.shard_size)
+        return MergePlan(parts, placement, self.threads, list(self.warnings))
 
-    def _thresholds(self) -> dict[str, tuple[float, int]]:
-        """scope: model. One threshold per expert over all its tensors, exact, in two passes over them."""
-        if self.recipe.method.scope == "tensor":
-            return {}
+    @property
+    def warnings(self) -> list[str]:
+        return [*self.vocabulary.warnings, *(note for expert in self.experts for note in expert.notes)]
 
-        def taus(expert: Expert):
-            return lambda: (expert.task_vector(n, self.base.tensor(n), self.tokens) for n in self.base.names)
-
-        return {
-            e.name: model_threshold(taus(e), self.recipe.density(e.name))
-            for e in self.experts
-            if self.recipe.density(e.name) < 1
-        }
-
-    def run(self, started: float) -> MergeReport:
-        steps: list[Callable[[], None]] = [partial(self.merge_tensor, name) for name in self.base.names]
-        steps += [self.check_distances, self.write_added_rows]
-        steps += [partial(self.write_tower, expert) for expert in self.experts]
-        with tqdm(
-            total=len(steps), initial=self.step, desc="Merging", unit="tensor", disable=not self.progress
-        ) as shown:
-            for self.step in range(self.step, len(steps)):
-                self.before_step = self.state()
-                steps[self.step]()
-                shown.update()
+    def run(self, folder: Path, started: float) -> MergeReport:
+        """Everything of the repository into `folder`, which may hold what a killed run of the same merge left."""
+        with one_thread():  # inside a part; the parts are done side by side
+            inputs = self._hashes()
+            key = fingerprint([self.recipe.resolved(), self.shard_size, self.device], inputs)
+            journal = Journal(folder.parent / JOURNAL, key)
+            journal.same = journal.same and PlacedFiles.there(folder, self.plan.placement)
+            self._clear(folder, keep=self.plan.placement.files if journal.same else [])
+            files = self._files(folder, journal.same)
+            journal.begin()
+            try:
+                self._do_parts(files, journal, inputs)
+            finally:
+                journal.close()
+                files.close()
+        self._unchanged_since()
+        measurement = self._measured(journal)
+        report = self._report(measurement, inputs)
         config = build_config(
-            self.recipe,
-            self.base,
-            self.experts,
-            self.vocabulary,
-            self.delta_modules,
-            self.expert_tensors,
-            self.rank,
-            self.dtype,
-            self.added_rows[1] if self.vocabulary.added_tokens else {},
-        )
-        report = self.report()
+            self.recipe, self.base, self.experts, self.vocabulary,
+            [part.name.removesuffix(".weight") for part in self.plan.parts if part.kind == "matrix"],
+            [part.name for part in self.plan.parts if part.kind == "small"],
+            self.rank, self.dtype, self.added_rows[1] if self.vocabulary.added_tokens else {},
+        )  # fmt: skip
         report.seconds = time.monotonic() - started
-        write_repository(self.folder, self.recipe, self.base, config, self.processor, report)
-        self.writer.close()
-        self.journal.remove()
+        write_repository(folder, self.recipe, self.base, config, self.processor, report)
+        files.finish()
         return report
 
-    def check_distances(self):
-        for expert in self.experts:
-            self.measurement.distance[expert.name].check(expert.name, self.base.source)
-
-    def write_tower(self, expert: Expert):
-        for name in expert.tower:
-            self.writer.add(f"model.experts.{expert.name}.{name}", expert.tower_tensor(name))
-
-    def merge_tensor(self, name: str):
-        theta_0 = self.base.tensor(name)
-        self.writer.add(stored_name(name), theta_0.to(self.dtype))
-        taus = [expert.task_vector(name, theta_0, self.tokens) for expert in self.experts]
-        if not any(bool(tau.any()) for tau in taus):
-            self.measurement.same(theta_0)
-            return
-        self.measurement.several(name, taus, theta_0)
-        names = [expert.name for expert in self.experts]
-        merged = merged_vector(self.recipe, names, taus, self.thresholds, self.dtype)
-        if name in self.base.delta_weights:
-            self.delta_modules.append(name.removesuffix(".weight"))
-            self.write_matrix(name, theta_0, taus, merged)
-        elif name.startswith(f"{HEAD}."):
-            raise ValueError(
-                f"{name}: an expert changed the bias of the head, which the merged model has no place for"
-            )
+    def _hashes(self) -> dict[str, str]:
+        """sha256 of every file that is read, by its path."""
+        files = [*self.base.files(), *(file for expert in self.experts for file in expert.files())]
+        files = list(dict.fromkeys(files))
+        self._stats = {file: _stat(file) for file in files}
+        if self.ray is not None:
+            found = hashes_on(self.ray, files)
         else:
-            self.expert_tensors.append(name)
-            self.write_expert_tensors(name, theta_0, taus, merged)
+            with ThreadPoolExecutor(self.threads) as pool:
+                found = list(pool.map(sha256, files))
+        return dict(zip(map(str, files), found, strict=True))
 
-    def write_matrix(self, name: str, theta_0: torch.Tensor, taus: Sequence[torch.Tensor], delta: torch.Tensor):
-        """τ*, masks, scales and corrections of one matrix."""
-        kind, scale_kind = self.recipe.decoupling.kind, self.recipe.decoupling.scale
-        rank = min(self.rank, *theta_0.shape)
-        prefix = stored_name(name).removesuffix(".weight")
-        self.writer.add(f"{prefix}.delta", delta)
-        parts: dict[str, list[torch.Tensor]] = {"masks": [], "scales": [], "correction_a": [], "correction_b": []}
-        for expert, tau in zip(self.experts, taus, strict=True):
-            own = Decoupled()
-            if kind in ("mask", "paper"):
-                own = decouple_matrix(tau, delta, self.recipe.lam(expert.name), scale_kind, rank, self.dtype)
-            elif kind == "exact":
-                b, a = exact_factors(expert, name, theta_0, tau, rank, self.tokens)
-                own = Decoupled(correction=(b.to(self.dtype), a.to(self.dtype)))
-            stored = own.stored()
-            for part, tensor in stored.items():
-                parts[part].append(tensor)
-            self.measurement.stored(expert.name, stored.values())
-            for rows in row_blocks(tau):
-                recovered = delta[rows].float() if kind == "none" else own.tau(delta, rows)
-                mask = None if own.mask is None else own.mask[rows]
-                self.measurement.one(expert.name, name, theta_0[rows], tau[rows], delta[rows], recovered, mask)
-        for part, tensors in parts.items():
-            if tensors:
-                self.writer.add(f"{prefix}.{part}", torch.stack(tensors))
+    def _unchanged_since(self):
+        changed = [file for file, stat in self._stats.items() if _stat(file) != stat]
+        if changed:
+            raise ValueError(f"{changed[0]} was changed while it was being merged. Merge again")
 
-    def write_expert_tensors(
-        self, name: str, theta_0: torch.Tensor, taus: Sequence[torch.Tensor], merged: torch.Tensor
-    ):
-        """A tensor too small to compress: each expert's own, exactly, and θ₀ + τ* (in a static merge for all)."""
-        joint = (theta_0.float() + merged).to(self.dtype)
-        own = []
-        for expert, tau in zip(self.experts, taus, strict=True):
-            if self.recipe.decoupling.kind == "none":
-                tensor = joint
-            else:
-                tensor = (expert.exact_tensor(name) if bool(tau.any()) else theta_0).to(self.dtype)
-            own.append(tensor)
-            self.measurement.stored(expert.name, [tensor])
-            self.measurement.one(expert.name, name, theta_0, tau, merged, tensor.float() - theta_0.float(), None)
-        prefix, _, last = stored_name(name).rpartition(".")
-        self.writer.add(f"{prefix}.expert_{last}", torch.stack(own))
-        self.writer.add(f"{prefix}.merged_{last}", joint)
+    def _clear(self, folder: Path, keep: Sequence[str]):
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.iterdir():
+            if path.name not in keep:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _files(self, folder: Path, there: bool) -> PlacedFiles:
+        try:
+            return PlacedFiles(folder, self.plan.placement, there)
+        except OSError as error:
+            size = self.plan.placement.total_bytes / 1e9
+            raise OSError(error.errno, f"{folder.parent}: no room for the {size:.2f} GB of the merge", None) from error
+
+    def _do_parts(self, files: PlacedFiles, journal: Journal, inputs: dict[str, str]):
+        job = Job(
+            self.recipe, self.base, self.experts, self.tokens, self.dtype, self.rank, files, block=self.block,
+            added_rows=list(self.added_rows[0]) if self.vocabulary.added_tokens else [],
+        )  # fmt: skip
+        todo = [part for part in self.plan.parts if part.name not in journal.done]
+        todo.sort(key=lambda part: -part.reads)  # the largest first, so that none is left over at the end
+        shown = tqdm(
+            total=self.plan.reads, initial=self.plan.reads - sum(part.reads for part in todo), desc="Merging",
+            unit="B", unit_scale=True, disable=not self.progress,
+        )  # fmt: skip
+        with ThreadPoolExecutor(self.threads) as pool:
+            if _THRESHOLDS not in journal.done:
+                journal.add(_THRESHOLDS, model_thresholds(job, self.base.names, pool))
+            job.thresholds = {name: (value, shares) for name, (value, shares) in journal.done[_THRESHOLDS].items()}
+            with shown, closing(self._done(job, todo, pool, inputs)) as done:
+                for part, numbers in done:
+                    journal.add(part.name, numbers)
+                    shown.update(part.reads)
+
+    def _done(
+        self, job: Job, todo: Sequence[Part], pool: ThreadPoolExecutor, inputs: dict[str, str]
+    ) -> Generator[tuple[Part, Any], None, None]:
+        """Each part, with its numbers, when it is done: here, or by the workers of a cluster."""
+        if self.ray is not None:
+            here = [part for part in todo if part.kind == "rows"]
+            yield from ((part, do_part(job, part)) for part in here)
+            order = Order(
+                self.recipe.model_dump_json(by_alias=True), self.tokens, self.dtype, self.rank, self.block,
+                self.trust_remote_code, job.files.folder,
+                tuple((str(file), *stat, inputs[str(file)]) for file, stat in self._stats.items()),
+            )  # fmt: skip
+            there = [part for part in todo if part.kind != "rows"]
+            yield from parts_on(self.ray, order, self.plan.placement, job.thresholds, there)
+            return
+        futures = {pool.submit(do_part, job, part, self.device): part for part in todo}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:
+            job.stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+    def _measured(self, journal: Journal) -> Measurement:
+        """All parts' numbers together, in the order of the plan."""
+        measurement = Measurement([expert.name for expert in self.experts], self.dtype)
+        for part in self.plan.parts:
+            if (numbers := journal.done[part.name]) is not None:
+                measurement.join(numbers)
+        for name, distance in measurement.distance.items():
+            distance.check(name, self.base.source)
+        return measurement
 
     @cached_property
     def added_rows(self) -> tuple[torch.Tensor, dict[str, dict[str, int]]]:
@@ -281,34 +325,34 @@ class _Merge:
             return matrices[:, : len(tokens)], {}
         return matrices, own
 
-    def write_added_rows(self):
-        """The rows of the tokens that the base lacks; 0 where no expert has one."""
-        if not self.vocabulary.added_tokens:
-            return
-        for place, rows in zip(row_places(self.base).values(), self.added_rows[0], strict=True):
-            self.writer.add(place, rows.contiguous())
-
-    def report(self) -> MergeReport:
+    def _report(self, measurement: Measurement, inputs: dict[str, str]) -> MergeReport:
         recipe = self.recipe.resolved()
         report = MergeReport(
-            base={
-                "source": self.recipe.base,
-                "sha256": hashes([*self.base.weights.checkpoint.files, self.base.folder / "config.json"]),
-            },
-            experts={e.name: {**recipe["experts"][e.name], "sha256": hashes(e.files())} for e in self.experts},
+            base={"source": self.recipe.base, "sha256": hashes(self.base.files(), inputs)},
+            experts={e.name: {**recipe["experts"][e.name], "sha256": hashes(e.files(), inputs)} for e in self.experts},
             method=recipe["method"],
             decoupling={**recipe["decoupling"], "rank": self.rank},
             dtype=str(self.dtype).removeprefix("torch."),
-            warnings=[*self.vocabulary.warnings, *(note for e in self.experts for note in e.notes)],
+            warnings=self.warnings,
         )
-        self.measurement.fill(report)
+        measurement.fill(report)
         return report
 
 
-def hashes(files: Sequence[Path]) -> dict[str, str]:
+def hashes(files: Sequence[Path], known: Mapping[str, str] | None = None) -> dict[str, str]:
     """sha256 by file name; a second file of one name (checkpoint and adapter) gets its number behind it."""
     found: dict[str, str] = {}
     for file in files:
         name = file.name if file.name not in found else f"{file.name} ({len(found)})"
-        found[name] = sha256(file)
+        found[name] = sha256(file) if known is None else known[str(file)]
     return found
+
+
+def _stat(file: Path) -> tuple[int, int]:
+    stat = file.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _processors() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -32,7 +32,7 @@ def tensor_kind(name: str) -> str:
 
 
 @dataclass
-class _Sums:
+class Sums:
     entries: int = 0
     tau: float = 0.0
     kept: float = 0.0
@@ -43,8 +43,8 @@ class _Sums:
     against: int = 0
     nonzero: int = 0
 
-    def plus(self, other: "_Sums") -> "_Sums":
-        return _Sums(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+    def plus(self, other: "Sums") -> "Sums":
+        return Sums(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
     def shares(self) -> dict[str, float | int | None]:
         return {
@@ -82,10 +82,10 @@ class Measurement:
 
     def __init__(self, experts: Sequence[str], dtype: torch.dtype):
         self.experts, self.dtype = list(experts), dtype
-        self.sums: dict[str, dict[str, _Sums]] = {name: defaultdict(_Sums) for name in self.experts}
+        self.sums: dict[str, dict[str, Sums]] = {name: defaultdict(Sums) for name in self.experts}
         self.bits = dict.fromkeys(self.experts, 0)
         self.distance = {name: Distance() for name in self.experts}
-        self._conflicts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+        self.conflicts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
         self.changed = self.unchanged = self.parameters = 0
 
     def same(self, theta_0: torch.Tensor):
@@ -99,7 +99,7 @@ class Measurement:
         """The experts' task vectors of one tensor, beside one another."""
         self.changed += 1
         self.parameters += theta_0.numel()
-        conflicts = self._conflicts[tensor_kind(name)]
+        conflicts = self.conflicts[tensor_kind(name)]
         for rows in row_blocks(theta_0):
             up, down = (torch.zeros(theta_0[rows].shape, dtype=torch.int8) for _ in range(2))
             for expert, tau in zip(self.experts, taus, strict=True):
@@ -124,7 +124,7 @@ class Measurement:
         start, energy = theta_0.float(), tau.double().square()
         error = (start.to(self.dtype).float() + recovered).to(self.dtype).float() - start - tau
         rounding = (start + tau).to(self.dtype).float() - start - tau
-        sums = _Sums(
+        sums = Sums(
             entries=tau.numel(),
             tau=float(energy.sum()),
             error=float(error.double().square().sum()),
@@ -148,22 +148,30 @@ class Measurement:
             "sums": {name: {kind: asdict(sums) for kind, sums in of.items()} for name, of in self.sums.items()},
             "distance": {name: asdict(distance) for name, distance in self.distance.items()},
             "bits": dict(self.bits),
-            "conflicts": {kind: list(both) for kind, both in self._conflicts.items()},
+            "conflicts": {kind: list(both) for kind, both in self.conflicts.items()},
             "counts": [self.changed, self.unchanged, self.parameters],
         }
 
-    def restore(self, state: dict[str, Any]):
+    def join(self, state: dict[str, Any]):
+        """Count in what another measurement of the same experts gathered, as its `state` gives it."""
         for name, of in state["sums"].items():
-            self.sums[name].update({kind: _Sums(**sums) for kind, sums in of.items()})
-        self.distance = {name: Distance(**distance) for name, distance in state["distance"].items()}
-        self.bits = dict(state["bits"])
-        self._conflicts.update(state["conflicts"])
-        self.changed, self.unchanged, self.parameters = state["counts"]
+            for kind, sums in of.items():
+                self.sums[name][kind] = self.sums[name][kind].plus(Sums(**sums))
+        for name, distance in state["distance"].items():
+            self.distance[name].join(Distance(**distance))
+        for name, bits in state["bits"].items():
+            self.bits[name] += bits
+        for kind, counts in state["conflicts"].items():
+            self.conflicts[kind] = [a + b for a, b in zip(self.conflicts[kind], counts, strict=True)]
+        changed, unchanged, parameters = state["counts"]
+        self.changed += changed
+        self.unchanged += unchanged
+        self.parameters += parameters
 
     def fill(self, report: MergeReport):
         """Write the gathered numbers into the report, with the warnings that follow from them."""
         for name in self.experts:
-            total = _Sums()
+            total = Sums()
             for sums in self.sums[name].values():
                 total = total.plus(sums)
             report.experts.setdefault(name, {}).update(
@@ -173,7 +181,7 @@ class Measurement:
                 total=total.shares(),
                 tensors={kind: sums.shares() for kind, sums in self.sums[name].items()},
             )
-        report.sign_conflicts = {kind: both / of if of else 0.0 for kind, (both, of) in self._conflicts.items()}
+        report.sign_conflicts = {kind: both / of if of else 0.0 for kind, (both, of) in self.conflicts.items()}
         report.tensors = {
             "changed": self.changed,
             "equal_to_base": self.unchanged,
@@ -196,14 +204,14 @@ def starved(experts: dict[str, dict[str, Any]]) -> list[str]:
     ]
 
 
-def count_unchanged(expert: dict[str, Any], sums: dict[str, _Sums]):
+def count_unchanged(expert: dict[str, Any], sums: dict[str, Sums]):
     """Count into an expert's part of a report further tensors, by kind, in which its task vector is 0.
 
     They carry a merged vector now, for another expert. `sums` are those of a `Measurement`.
     """
-    total, whole = _Sums(), _sums(expert["total"], _masked(expert))
+    total, whole = Sums(), _sums(expert["total"], _masked(expert))
     for kind, more in sums.items():
-        old = expert["tensors"].get(kind, _Sums().shares())
+        old = expert["tensors"].get(kind, Sums().shares())
         masked = old["entries"] if old["mask_density"] is not None else 0
         expert["tensors"][kind] = {**_sums(old, masked).plus(more).shares(), **_kept(old)}
         total = total.plus(more)
@@ -228,10 +236,10 @@ def _kept(shares: dict[str, Any]) -> dict[str, Any]:
     return {key: shares[key] for key in ("norm", "against_merged_sign")}
 
 
-def _sums(shares: dict[str, Any], masked: int) -> _Sums:
+def _sums(shares: dict[str, Any], masked: int) -> Sums:
     """The sums behind the shares of a report, of which `masked` entries have a mask; signs were not counted."""
     energy = shares["norm"] ** 2
-    return _Sums(
+    return Sums(
         entries=shares["entries"],
         tau=energy,
         kept=energy * (shares["kept_energy"] or 0.0),

@@ -6,11 +6,10 @@ model.safetensors.index.json. Invariant: what is written depends on the names, t
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 _UNITS = {
     "": 1,
@@ -35,33 +34,15 @@ def size_in_bytes(size: str | int) -> int:
 
 
 class ShardWriter:
-    """Collects tensors, and writes a shard when the next would pass `max_shard_size`. `close` names the files.
+    """Collects tensors, and writes a shard when the next would pass `max_shard_size`. `close` names the files."""
 
-    `shards` of them are there already, from a run that was killed. `on_shard` is told the number of shards after each.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        max_shard_size: str | int,
-        shards: int = 0,
-        on_shard: Callable[[int], None] | None = None,
-    ):
-        self.folder, self.limit, self.on_shard = folder, size_in_bytes(max_shard_size), on_shard
+    def __init__(self, folder: Path, max_shard_size: str | int):
+        self.folder, self.limit = folder, size_in_bytes(max_shard_size)
         self.places: dict[str, int] = {}
         self.total_bytes = self.total_parameters = 0
         self._pending: dict[str, torch.Tensor] = {}
         self._pending_bytes = 0
-        self._shards = shards
-        self._written: set[str] = set()
-        for shard in range(shards):
-            self._read(shard)
-
-    def _read(self, shard: int):
-        """Take over a shard of an earlier run: its tensors will be added once more, and are passed over then."""
-        for name, tensor in load_file(self._partial(shard)).items():
-            self._written.add(name)
-            self._count(name, tensor, shard)
+        self._shards = 0
 
     def _count(self, name: str, tensor: torch.Tensor, shard: int):
         self.places[name] = shard
@@ -69,9 +50,6 @@ class ShardWriter:
         self.total_parameters += tensor.numel()
 
     def add(self, name: str, tensor: torch.Tensor):
-        if name in self._written:
-            self._written.remove(name)
-            return
         if name in self.places:
             raise ValueError(f"the tensor {name!r} was written twice")
         # memory of its own: safetensors refuses tensors that share it, and a slice would hold its whole parent alive
@@ -89,8 +67,6 @@ class ShardWriter:
         save_file(self._pending, self._partial(self._shards), metadata={"format": "pt"})
         self._pending, self._pending_bytes = {}, 0
         self._shards += 1
-        if self.on_shard is not None:
-            self.on_shard(self._shards)
 
     def close(self) -> list[Path]:
         """Write what is left, give the shards their final names, and write the index when there are several."""

@@ -13,7 +13,7 @@ import torch
 
 METHODS = ("ties", "task_arithmetic", "emr")
 
-_LOW_BITS = 16
+LOW_BITS = 16
 
 
 def kept_count(entries: int, density: float) -> int:
@@ -54,15 +54,15 @@ def model_threshold(taus: Callable[[], Iterable[torch.Tensor]], density: float) 
     """
     upper = torch.zeros(1 << 15, dtype=torch.int64)
     for tau in taus():
-        upper += torch.bincount(_bits(tau) >> _LOW_BITS, minlength=len(upper))
+        upper += torch.bincount(_bits(tau) >> LOW_BITS, minlength=len(upper))
     kept = kept_count(int(upper.sum()), density)
-    bin_, needed = _from_the_top(upper, kept)
-    lower = torch.zeros(1 << _LOW_BITS, dtype=torch.int64)
+    bin_, needed = from_the_top(upper, kept)
+    lower = torch.zeros(1 << LOW_BITS, dtype=torch.int64)
     for tau in taus():
         bits = _bits(tau)
-        lower += torch.bincount(bits[bits >> _LOW_BITS == bin_] & ((1 << _LOW_BITS) - 1), minlength=len(lower))
-    low, ties = _from_the_top(lower, needed)
-    threshold = torch.tensor((bin_ << _LOW_BITS) | low, dtype=torch.int32).view(torch.float32).item()
+        lower += torch.bincount(bits[bits >> LOW_BITS == bin_] & ((1 << LOW_BITS) - 1), minlength=len(lower))
+    low, ties = from_the_top(lower, needed)
+    threshold = torch.tensor((bin_ << LOW_BITS) | low, dtype=torch.int32).view(torch.float32).item()
     return threshold, ties
 
 
@@ -70,7 +70,7 @@ def _bits(tau: torch.Tensor) -> torch.Tensor:
     return tau.float().abs().flatten().contiguous().view(torch.int32).cpu()
 
 
-def _from_the_top(histogram: torch.Tensor, wanted: int) -> tuple[int, int]:
+def from_the_top(histogram: torch.Tensor, wanted: int) -> tuple[int, int]:
     """The bin that holds the `wanted`-th entry from above, and how many of its entries are wanted."""
     above = histogram.flip(0).cumsum(0)
     place = int(torch.searchsorted(above, wanted))
@@ -80,7 +80,7 @@ def _from_the_top(histogram: torch.Tensor, wanted: int) -> tuple[int, int]:
 
 def elect(taus: Sequence[torch.Tensor], weights: Sequence[float] | None = None) -> torch.Tensor:
     """γ = sign(Σ wᵢ τ̂ᵢ) in {-1, 0, 1}. Where the sum is exactly 0 no sign is elected and τ* will be 0."""
-    shares = _relative(weights, len(taus))
+    shares = relative(weights, len(taus))
     return _ordered_sum([_scaled(tau.float(), share) for tau, share in zip(taus, shares, strict=True)]).sign()
 
 
@@ -91,7 +91,7 @@ def disjoint_mean(
     alpha: float = 1.0,
 ) -> torch.Tensor:
     """τ* = alpha · Σ wᵢ τ̂ᵢ / Σ wᵢ over the experts whose entry has the elected sign; 0 where none has it."""
-    shares = _relative(weights, len(taus))
+    shares = relative(weights, len(taus))
     agreeing = [tau.sign() == sign for tau in taus]
     terms = [
         torch.where(agrees, _scaled(tau.float(), share), 0.0)
@@ -138,7 +138,7 @@ def merge_vectors(
     raise ValueError(f"method is {method!r}, expected one of {list(METHODS)}")
 
 
-def _relative(weights: Sequence[float] | None, count: int) -> list[float]:
+def relative(weights: Sequence[float] | None, count: int) -> list[float]:
     """Weights over their largest: equal weights become exactly 1 each, so that they cost no rounding."""
     if weights is None:
         return [1.0] * count

@@ -4,14 +4,16 @@ import hashlib
 import importlib
 import json
 import math
+import os
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import AutoProcessor
 
-from merging_mmer import Recipe, matrices
-from merging_mmer.shards import ShardWriter, size_in_bytes
+from merging_mmer import Recipe
+from merging_mmer.placement import PlacedFiles
+from merging_mmer.shards import size_in_bytes
 from modeling_mmer import MMERForConditionalGeneration
 
 from . import tiny_checkpoints as tiny
@@ -64,60 +66,133 @@ def test_shard_size_and_threads_change_nothing(tmp_path, shared):
     assert digest(tmp_path / "one") == digest(tmp_path / "many")
 
 
-def test_the_size_of_a_block_changes_nothing(tmp_path, shared, monkeypatch):
+@pytest.mark.parametrize("settings", [{}, {"decoupling": {"kind": "mask", "scale": "tensor", "rank": 3}}], ids=str)
+def test_workers_and_the_size_of_a_block_change_nothing(tmp_path, shared, settings):
     _, recipe = shared
-    run(recipe, tmp_path / "one")
-    monkeypatch.setattr(matrices, "_BLOCK", 100)
-    run(recipe, tmp_path / "many")
-    assert digest(tmp_path / "one") == digest(tmp_path / "many")
+    recipe = {**recipe, "method": {"density": 0.3}, **settings}
+    one = run(recipe, tmp_path / "one", threads=1)
+    for threads, block in ((3, 100), (2, 1000)):
+        many = run(recipe, tmp_path / "many", threads=threads, block=block, overwrite=True)
+        assert digest(tmp_path / "one") == digest(tmp_path / "many")
+        assert {**vars(one), "seconds": 0} == {**vars(many), "seconds": 0}
 
 
-def killed_at(place, recipe, out, monkeypatch):
-    real = ShardWriter.add
+def broken_off(place, recipe, out, monkeypatch, **options):
+    real = PlacedFiles.write
 
-    def add(self, name, tensor):
+    def write(self, name, values, start=0):
         if name.startswith(place):
             raise KeyboardInterrupt
-        real(self, name, tensor)
+        real(self, name, values, start)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(ShardWriter, "add", add)
-        run(recipe, out, max_shard_size="20KB")
+        patch.setattr(PlacedFiles, "write", write)
+        run(recipe, out, max_shard_size="20KB", threads=1, **options)
 
 
 @pytest.mark.parametrize("settings", [{}, {"method": {"density": 0.3, "scope": "model"}}], ids=str)
-def test_a_killed_merge_goes_on_and_gives_the_same_bytes(tmp_path, shared, monkeypatch, settings):
+def test_a_broken_off_merge_goes_on_and_gives_the_same_bytes(tmp_path, shared, monkeypatch, settings):
     _, recipe = shared
     recipe = {**recipe, **settings}
     whole = run(recipe, tmp_path / "whole", max_shard_size="20KB")
-    places = [
+    places = [  # the largest parts are done first
         "model.language_model.embed_tokens.weight",
-        "model.language_model.layers.0.self_attn.k_proj.masks",
-        "model.language_model.layers.1.mlp.up_proj.delta",
-        "model.language_model.layers.1.input_layernorm.expert_weight",
         "lm_head.correction_b",
+        "model.language_model.layers.1.mlp.up_proj.delta",
+        "model.language_model.layers.0.self_attn.k_proj.masks",
+        "model.language_model.layers.1.input_layernorm.expert_weight",
         "added_head",
-        "model.experts.audio.",
     ]
+    done = 0
     for place in places:
-        killed_at(place, recipe, tmp_path / "out", monkeypatch)
-        assert (tmp_path / ".out.partial" / "out" / "journal.json").is_file() == (place != places[0])
-    (tmp_path / ".out.partial" / "out" / "shard-00099.partial").write_bytes(b"half a sh")
-    merged = []
-    monkeypatch.setattr(merging._Merge, "merge_tensor", lambda self, name: merged.append(name))
+        broken_off(place, recipe, tmp_path / "out", monkeypatch)
+        lines = (tmp_path / ".out.partial" / "journal.jsonl").read_text().splitlines()
+        assert len(lines) >= done and not (tmp_path / "out").exists()
+        done = len(lines)
+    assert done > 20
+    (tmp_path / ".out.partial" / "out" / "model-00099-of-00099.safetensors").write_bytes(b"half a sh")
+    with (tmp_path / ".out.partial" / "journal.jsonl").open("a") as journal:
+        journal.write('{"part": "lm_head.weight", "numb')  # cut off in the middle of a line
     again = run(recipe, tmp_path / "out", max_shard_size="20KB")
-    assert merged == []
     assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
-    assert digest(tmp_path / "whole") == digest(tmp_path / "out")
-    for name in ("config.json", "model.safetensors.index.json", "tokenizer.json"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+    for path in (tmp_path / "whole").iterdir():
+        if path.is_file() and path.name != "merge_report.json":  # which holds the seconds
+            assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
     assert {**vars(again), "seconds": 0} == {**vars(whole), "seconds": 0}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
+def test_what_is_done_is_not_done_again(tmp_path, shared, monkeypatch):
+    _, recipe = shared
+    broken_off("added_head", recipe, tmp_path / "out", monkeypatch)
+    lines = (tmp_path / ".out.partial" / "journal.jsonl").read_text().splitlines()
+    known = {json.loads(line)["part"] for line in lines[1:]}
+    done, real = [], merging.do_part
+
+    def seen(job, part, device):
+        done.append(part.name)
+        return real(job, part, device)
+
+    monkeypatch.setattr(merging, "do_part", seen)
+    run(recipe, tmp_path / "out", max_shard_size="20KB")
+    assert done and not known & set(done) and "lm_head.weight" in known
+
+
+def test_an_input_that_changed_in_between_is_noticed_by_its_values(tmp_path, monkeypatch):
+    recipe = world(tmp_path)
+    broken_off("added_head", recipe, tmp_path / "out", monkeypatch)
+    file = tmp_path / "image" / "model.safetensors"
+    stat, values = file.stat(), bytearray(file.read_bytes())
+    values[-2] ^= 1
+    file.write_bytes(values)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as long and as old as before
+    run(recipe, tmp_path / "out", max_shard_size="20KB")
+    run(recipe, tmp_path / "fresh", max_shard_size="20KB")
+    assert digest(tmp_path / "out") == digest(tmp_path / "fresh")
+
+
+def test_an_input_that_changes_meanwhile(tmp_path, monkeypatch):
+    recipe = world(tmp_path)
+    real = merging.do_part
+
+    def touched(job, part, device):
+        os.utime(tmp_path / "image" / "model.safetensors")
+        return real(job, part, device)
+
+    monkeypatch.setattr(merging, "do_part", touched)
+    with pytest.raises(ValueError, match=r"image/model.safetensors was changed while it was being merged"):
+        run(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
+
+
+def test_two_merges_into_one_folder(tmp_path, shared):
+    _, recipe = shared
+    with merging._alone(tmp_path / ".out.partial"):
+        with pytest.raises(ValueError, match="another process is merging into this folder"):
+            run(recipe, tmp_path / "out")
+        assert (tmp_path / ".out.partial").is_dir()
+    run(recipe, tmp_path / "out")
+
+
+def test_the_plan_is_what_is_done(tmp_path, shared):
+    _, recipe = shared
+    recipe = Recipe.from_dict({**recipe, "decoupling": {"kind": "mask", "rank": 2}})
+    before = sorted(tmp_path.iterdir())
+    plan = merging.plan(recipe, max_shard_size="20KB")
+    assert sorted(tmp_path.iterdir()) == before
+    merging.merge(recipe, tmp_path / "out", progress=False, max_shard_size="20KB")
+    stored = tiny.tensors(tmp_path / "out")
+    planned = {tensor.name: tensor for part in plan.parts for tensor in part.stored}
+    assert {n: (t.dtype, tuple(t.shape)) for n, t in stored.items()} == {
+        n: (t.dtype, tuple(t.shape)) for n, t in planned.items()
+    }
+    sizes = [path.stat().st_size for path in sorted((tmp_path / "out").glob("*.safetensors"))]
+    assert sizes == plan.placement.sizes
+
+
 def test_another_merge_does_not_go_on_from_there(tmp_path, shared, monkeypatch):
     _, recipe = shared
-    killed_at("model.experts.audio.", recipe, tmp_path / "out", monkeypatch)
+    broken_off("added_head", recipe, tmp_path / "out", monkeypatch)
     other = {**recipe, "method": {"alpha": 0.5}}
     run(other, tmp_path / "out", max_shard_size="20KB")
     run(other, tmp_path / "fresh", max_shard_size="20KB")

@@ -1,0 +1,271 @@
+"""One matrix through the whole method on a CPU, block by block.
+
+Enters: θ₀ and the experts' tensors as they lie in their files. Leaves: τ*, masks, scales and corrections, written to
+their places in the folder as they come, and the numbers of the report. Memory: a few blocks; with corrections, or one
+scale for a whole tensor, also τ* as it is stored, the masks, and one residual in fp32 at a time. Invariant: every bit
+that is written, and every number, is the same for any size of block; a block's bits are those of ties.py and masks.py.
+
+Pass 1 trims, merges, rounds and masks. What needs all of a matrix follows, expert by expert: its scale, its residual
+and the correction of it (pass 2), and what is left then (pass 3).
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from threading import Event
+
+import numpy as np
+import torch
+
+from . import kernels
+from .decoupling import exact_factors
+from .experts import Base, Expert
+from .masks import correct
+from .naming import stored_name
+from .placement import PlacedFiles
+from .recipe import Recipe
+from .report import Measurement, Sums, tensor_kind
+from .selection import threshold_of
+from .task_rows import FORMATS, MatrixRows, ProductRows, TaskRows, raw, rows_of_blocks
+from .ties import METHODS, relative
+
+# entries of all arrays of a block together: small enough for a processor's cache, large enough for few calls
+BLOCK = 1 << 19
+_SUMS = 8  # what `kernels.measure_block` gives of a row
+_MASK, _LOW_RANK, _MERGED = range(3)
+_NO_ROWS, _NO_MATRIX = np.empty(0, np.float32), np.empty((0, 0), np.float32)
+_NO_BITS = np.empty((0, 0), np.uint8)
+
+
+class Stopped(Exception):
+    """The merge was told to stop before this tensor was done."""
+
+
+@dataclass
+class Job:
+    """What the workers of one merge share. thresholds: expert -> (threshold, {tensor: ties that are kept in it}), over
+    the whole model; an expert that is not in it is trimmed in each tensor alone."""
+
+    recipe: Recipe
+    base: Base
+    experts: Sequence[Expert]
+    tokens: int
+    dtype: torch.dtype
+    rank: int
+    files: PlacedFiles
+    added_rows: Sequence[torch.Tensor] = ()
+    thresholds: dict[str, tuple[float, dict[str, int]]] = field(default_factory=dict)
+    block: int = BLOCK
+    stop: Event = field(default_factory=Event)
+
+    def measurement(self) -> Measurement:
+        return Measurement([expert.name for expert in self.experts], self.dtype)
+
+
+class MatrixWork:
+    def __init__(self, job: Job, name: str):
+        self.job, self.name, self.recipe = job, name, job.recipe
+        self.theta_0 = job.base.tensor(name)
+        self.rows, self.columns = self.theta_0.shape
+        self.base = MatrixRows(self.theta_0)
+        self.prefix = stored_name(name).removesuffix(".weight")
+        self.format = FORMATS[job.dtype]
+        self.kind, self.scale = job.recipe.decoupling.kind, job.recipe.decoupling.scale
+        self.masked = self.kind in ("mask", "paper")
+        self.rank = min(job.rank, self.rows, self.columns) if self.kind == "mask" else 0
+        self.late = self.masked and (self.rank > 0 or self.scale == "tensor")
+        self.taus = [TaskRows(expert, name, self.theta_0, job.tokens) for expert in job.experts]
+        count, self.width = len(job.experts), -(-self.columns // 8)
+        self.sums = [np.zeros((self.rows, _SUMS)) for _ in range(count)]
+        self.fits = [np.zeros((self.rows, 2)) for _ in range(count)]
+        self.conflicts = np.zeros((self.rows, 2), np.int64)
+        self.energy = np.zeros(self.rows)
+        self.stored_bits = [0] * count
+        if self.late:
+            self.merged_raw: np.ndarray = np.empty((self.rows, self.columns), self._raw_type)
+            self.bits = [np.empty((self.rows, self.width), np.uint8) for _ in range(count)]
+
+    @property
+    def _raw_type(self) -> type:
+        return np.float32 if self.format == kernels.FP32 else np.uint16
+
+    def blocks(self) -> Iterator[slice]:
+        for rows in rows_of_blocks(self.rows, self.columns, self.job.block // (len(self.taus) + 2)):
+            if self.job.stop.is_set():
+                raise Stopped(self.name)
+            yield rows
+
+    def run(self) -> Measurement:
+        """Write the matrix's parts, but θ₀; what was measured."""
+        names = [expert.name for expert in self.job.experts]
+        self.thresholds = np.full(len(names), -1, np.float32)
+        self.quotas = np.zeros(len(names), np.int64)
+        for i, expert in enumerate(names):
+            if expert in self.job.thresholds:
+                threshold, shares = self.job.thresholds[expert]
+                self.thresholds[i], self.quotas[i] = threshold, shares[self.name]
+            else:
+                density = self.recipe.density(expert)
+                self.thresholds[i], self.quotas[i] = threshold_of(self.taus[i], self.blocks(), density)
+        self.products = self._exact_products() if self.kind == "exact" else []
+        for rows in self.blocks():
+            self.merge(rows)
+        for i in range(len(names)):
+            if self.masked:
+                self.finish_scale(i)
+            if self.late:
+                self.finish(i)
+        return self.measured()
+
+    # pass 1
+
+    @cached_property
+    def _shares(self) -> np.ndarray:
+        weights = [self.recipe.experts[expert.name].weight for expert in self.job.experts]
+        plain = self.recipe.method.name == "task_arithmetic"
+        return np.array(weights if plain else relative(weights, len(weights)), np.float32)
+
+    @cached_property
+    def _room(self) -> np.ndarray:
+        rows = next(rows_of_blocks(self.rows, self.columns, self.job.block // (len(self.taus) + 2)))
+        return np.empty((len(self.taus) + 2) * (rows.stop - rows.start) * self.columns, np.float32)
+
+    def _arrays(self, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """τ (experts, size, columns), θ₀ and τ* (size, columns), in one piece of memory that each block uses again."""
+        room = self._room[: (len(self.taus) + 2) * size * self.columns].reshape(-1, size, self.columns)
+        return room[:-2], room[-2], room[-1]
+
+    def merge(self, rows: slice):
+        size = rows.stop - rows.start
+        taus, theta_0, merged = self._arrays(size)
+        for tau, out in zip(self.taus, taus, strict=True):
+            tau.into(rows, out)
+        self.base.into(rows, theta_0)
+        merged_raw = self.merged_raw[rows] if self.late else np.empty((size, self.columns), self._raw_type)
+        kernels.merge_block(
+            taus, self.thresholds, self.quotas, self._shares, self.recipe.method.alpha,
+            METHODS.index(self.recipe.method.name), self.format, merged_raw, merged,
+        )  # fmt: skip
+        self.job.files.write(f"{self.prefix}.delta", merged_raw, merged_raw.strides[0] * rows.start)
+        kernels.conflicts_block(taus, self.conflicts[rows])
+        kernels.energy_block(theta_0, self.energy[rows])
+        for i, tau in enumerate(taus):
+            if self.masked:
+                self.mask(i, rows, tau, merged, theta_0)
+            elif self.kind == "exact":
+                low_rank = np.zeros((size, self.columns), np.float32)
+                self.products[i].into(rows, low_rank)
+                self.measure(i, rows, tau, theta_0, merged, _NO_BITS, low_rank, _LOW_RANK)
+            else:
+                self.measure(i, rows, tau, theta_0, merged, _NO_BITS, _NO_MATRIX, _MERGED)
+
+    def mask(self, i: int, rows: slice, tau: np.ndarray, merged: np.ndarray, theta_0: np.ndarray):
+        name = self.job.experts[i].name
+        packed = self.bits[i][rows] if self.late else np.empty((rows.stop - rows.start, self.width), np.uint8)
+        kernels.mask_block(tau, merged, self.recipe.lam(name), packed, self.fits[i][rows])
+        self.job.files.write(f"{self.prefix}.masks", packed, (i * self.rows + rows.start) * self.width)
+        if not self.late:
+            self.measure(i, rows, tau, theta_0, merged, packed, _NO_MATRIX, _MASK)
+
+    def measure(self, i, rows, tau, theta_0, merged, packed, low_rank, kind):
+        scale = self.scales(i, rows) if kind == _MASK else _NO_ROWS
+        kernels.measure_block(
+            tau, theta_0, merged, packed, scale, low_rank, self.format, kind, self.sums[i][rows]
+        )  # fmt: skip
+
+    # scales
+
+    def scales(self, i: int, rows: slice) -> np.ndarray:
+        """s of some rows, as it is stored; none where there are no scales."""
+        if self.scale == "none":
+            return _NO_ROWS
+        if self.scale == "tensor":
+            return np.repeat(self._tensor_scale(i), rows.stop - rows.start)
+        return self._rounded(_fit(self.fits[i][rows, 0], self.fits[i][rows, 1])).float().numpy()
+
+    def _tensor_scale(self, i: int) -> np.ndarray:
+        # fsum: exact, so that no order of summation can show
+        above, below = (np.array([math.fsum(self.fits[i][:, k])]) for k in range(2))
+        return self._rounded(_fit(above, below)).float().numpy()
+
+    def _rounded(self, values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).to(self.job.dtype)
+
+    def finish_scale(self, i: int):
+        self.stored_bits[i] += 8 * self.rows * self.width
+        if self.scale == "none":
+            return
+        stored = torch.from_numpy(self.scales(i, slice(0, self.rows if self.scale == "row" else 1)))
+        self._write_part("scales", i, stored)
+
+    def _write_part(self, part: str, i: int, tensor: torch.Tensor):
+        tensor = tensor.to(self.job.dtype).contiguous()
+        self.stored_bits[i] += 8 * tensor.nbytes
+        if tensor.nbytes:
+            self.job.files.write(f"{self.prefix}.{part}", raw(tensor), i * tensor.nbytes)
+
+    # passes 2 and 3
+
+    def finish(self, i: int):
+        product = None if self.rank == 0 else ProductRows(*self.correction(i))
+        for rows, tau, merged, theta_0 in self._again(i):
+            low_rank = _NO_MATRIX
+            if product is not None:
+                low_rank = np.empty_like(tau)
+                product.into(rows, low_rank)
+            self.measure(i, rows, tau, theta_0, merged, self.bits[i][rows], low_rank, _MASK)
+
+    def correction(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, A) of the residual as they are stored, written."""
+        residual = np.empty((self.rows, self.columns), np.float32)
+        for rows, tau, merged, _ in self._again(i):
+            kernels.residual_block(tau, merged, self.bits[i][rows], self.scales(i, rows), residual[rows])
+        b, a = correct(torch.from_numpy(residual), self.rank)
+        b, a = b.to(self.job.dtype), a.to(self.job.dtype)
+        self._write_part("correction_a", i, a)
+        self._write_part("correction_b", i, b)
+        return b, a
+
+    def _again(self, i: int) -> Iterator[tuple[slice, np.ndarray, np.ndarray, np.ndarray]]:
+        """(rows, τ of one expert, τ* as it is stored, θ₀), block by block."""
+        for rows in self.blocks():
+            taus, theta_0, merged = self._arrays(rows.stop - rows.start)
+            self.taus[i].into(rows, taus[0])
+            self.base.into(rows, theta_0)
+            kernels.widen(self.merged_raw[rows], self.format, merged)
+            yield rows, taus[0], merged, theta_0
+
+    def _exact_products(self) -> list[ProductRows]:
+        """kind exact: each expert's own LoRA, written as it is stored."""
+        made, rank = [], min(self.job.rank, self.rows, self.columns)
+        for i, (expert, tau) in enumerate(zip(self.job.experts, self.taus, strict=True)):
+            b, a = exact_factors(expert, self.name, self.theta_0, rank, self.job.tokens, tau.dense_changes())
+            b, a = b.to(self.job.dtype), a.to(self.job.dtype)
+            self._write_part("correction_a", i, a)
+            self._write_part("correction_b", i, b)
+            made.append(ProductRows(b, a))
+        return made
+
+    # the report
+
+    def measured(self) -> Measurement:
+        made, kind = self.job.measurement(), tensor_kind(self.name)
+        made.changed, made.parameters = 1, self.rows * self.columns
+        made.conflicts[kind] = [int(count) for count in self.conflicts.sum(0)]
+        energy = float(self.energy.sum())
+        for i, expert in enumerate(made.experts):
+            tau, kept, error, rounding, on, against, nonzero, product = self.sums[i].sum(0).tolist()
+            made.sums[expert][kind] = Sums(
+                entries=made.parameters, tau=tau, kept=kept, error=error, rounding=rounding, on=int(on),
+                masked=made.parameters if self.masked else 0, against=int(against), nonzero=int(nonzero),
+            )  # fmt: skip
+            distance = made.distance[expert]
+            distance.tau, distance.theta_0, distance.product = tau, energy, product
+            made.bits[expert] = self.stored_bits[i]
+        return made
+
+
+def _fit(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """The least-squares factor, 1 where there is nothing to fit; fp32."""
+    return np.where(below > 0, above / np.where(below > 0, below, 1.0), 1.0).astype(np.float32)

@@ -1,0 +1,95 @@
+"""The exact threshold of trimming, in two passes over the task vector and without sorting it.
+
+Enters: rows of τ, of one tensor or of all tensors of an expert. Leaves: the k-th largest |τ| and how many of the
+entries equal to it are kept. Pass one counts the upper 16 bits of |τ| as fp32, which are ordered as integers are; pass
+two counts the lower 16 bits inside the bin where the k-th entry lies. Invariant: exactly k = ⌈density · n⌉ entries are
+above the threshold or among the kept ones, whatever the blocks and threads.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from . import kernels
+from .ties import LOW_BITS, from_the_top, kept_count
+
+_UPPER = 1 << 15
+
+
+class Rows(Protocol):
+    """What `TaskRows` is to the selection."""
+
+    shape: torch.Size
+
+    def into(self, rows: slice, out: np.ndarray): ...
+
+
+def blocks_of(tau: Rows, blocks: Iterable[slice]) -> Iterator[np.ndarray]:
+    """τ block by block; each array is overwritten by the next."""
+    out = np.empty((0, 0), np.float32)
+    for rows in blocks:
+        size = rows.stop - rows.start
+        if len(out) < size:
+            out = np.empty((size, tau.shape[1]), np.float32)
+        tau.into(rows, out[:size])
+        yield out[:size]
+
+
+@dataclass
+class Upper:
+    """Pass one. Counts of several tensors add up."""
+
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(_UPPER, np.int64))
+
+    def count(self, blocks: Iterable[np.ndarray]) -> "Upper":
+        for block in blocks:
+            kernels.histogram(block, self.counts)
+        return self
+
+    def bin(self, density: float) -> tuple[int, int]:
+        """(the bin of the k-th entry, how many of the bin's entries are kept)."""
+        return from_the_top(torch.from_numpy(self.counts), kept_count(int(self.counts.sum()), density))
+
+
+@dataclass
+class Lower:
+    """Pass two, inside one bin."""
+
+    bin: int
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(1 << LOW_BITS, np.int64))
+
+    def count(self, blocks: Iterable[np.ndarray]) -> "Lower":
+        room = np.empty(0, np.uint16)
+        for block in blocks:
+            if len(room) < block.size:
+                room = np.empty(block.size, np.uint16)
+            found = kernels.collect(block, self.bin, room)
+            self.counts += np.bincount(room[:found], minlength=len(self.counts))
+        return self
+
+    def threshold(self, needed: int) -> tuple[float, int]:
+        """(threshold, how many entries equal to it are kept)."""
+        low, ties = from_the_top(torch.from_numpy(self.counts), needed)
+        bits = np.array([self.bin << LOW_BITS | low], np.int32)
+        return float(bits.view(np.float32)[0]), ties
+
+
+def threshold_of(tau: Rows, blocks: Iterable[slice], density: float) -> tuple[float, int]:
+    """(threshold, ties) for one tensor; (-1, 0) where nothing is trimmed."""
+    if density == 1:
+        return -1.0, 0
+    blocks = list(blocks)
+    bin_, needed = Upper().count(blocks_of(tau, blocks)).bin(density)
+    return Lower(bin_).count(blocks_of(tau, blocks)).threshold(needed)
+
+
+def shares_of_ties(equal: Iterable[int], ties: int) -> list[int]:
+    """How many of the kept ties fall to each tensor: the first in the order of the tensors."""
+    shares = []
+    for count in equal:
+        shares.append(min(count, ties))
+        ties -= shares[-1]
+    return shares
