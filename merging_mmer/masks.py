@@ -8,15 +8,11 @@ import math
 
 import torch
 
-from .task_vectors import one_thread
+from .low_rank import correct
+
+__all__ = ["SCALES", "correct", "decouple", "recover", "rescale"]
 
 SCALES = ("row", "tensor", "none")
-
-# below this size of the smaller side a full SVD is cheap and is used; above it, subspace iteration from a fixed
-# start
-_FULL_SVD = 128
-_POWER_ITERATIONS = 6
-_SEED = 2505_17110
 
 
 def decouple(tau: torch.Tensor, merged: torch.Tensor, lam: float = 1.0) -> torch.Tensor:
@@ -46,44 +42,6 @@ def rescale(tau: torch.Tensor, mask: torch.Tensor, merged: torch.Tensor, kind: s
     if kind == "tensor":  # fsum: exact, so that no order of summation can show
         above, below = (torch.tensor([math.fsum(rows.tolist())], dtype=torch.float64) for rows in (above, below))
     return torch.where(below > 0, above / torch.where(below > 0, below, 1.0), 1.0).float()
-
-
-def correct(residual: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """B (out, r), A (r, in), fp32: BA is the best approximation of `residual` (out, in) of rank r <= rank.
-
-    The truncated SVD, B and A sharing the singular values. A residual of rank <= r is met exactly (to fp32
-    rounding). Larger matrices go through subspace iteration with 2r + 16 vectors from a fixed start.
-    """
-    if residual.ndim != 2 or rank < 0:
-        raise ValueError(f"expected a matrix and a rank of 0 or more, found {tuple(residual.shape)} and rank {rank}")
-    residual = residual.float()
-    small = min(residual.shape)
-    rank = min(rank, small)
-    width = 2 * rank + 16
-    if rank == 0 or not bool(residual.any()):
-        return residual.new_zeros(residual.shape[0], rank), residual.new_zeros(rank, residual.shape[1])
-    size = residual.abs().max()
-    residual = residual / size  # tiny task vectors would underflow when squared
-    with one_thread():
-        if small <= max(_FULL_SVD, width):
-            left, values, right = torch.linalg.svd(residual, full_matrices=False)
-        else:
-            left, values, right = _leading_svd(residual, width)
-    left, values, right = left[:, :rank], values[:rank], right[:rank]
-    # a singular pair is free in its sign: the largest entry of each right vector is made positive
-    signs = right.gather(1, right.abs().argmax(1, keepdim=True)).sign()
-    root = (values * size).sqrt()
-    return left * signs.T * root, root.unsqueeze(1) * right * signs
-
-
-def _leading_svd(matrix: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(_SEED)
-    start = torch.randn(matrix.shape[1], width, generator=generator).to(matrix.device)
-    basis = torch.linalg.qr(matrix @ start).Q
-    for _ in range(_POWER_ITERATIONS):
-        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
-    left, values, right = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
-    return basis @ left, values, right
 
 
 def recover(

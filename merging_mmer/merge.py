@@ -156,7 +156,8 @@ class _Merge:
         self.ray, self.trust_remote_code = ray, trust_remote_code
         recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
         self.shard_size, self.device, self.progress = size_in_bytes(max_shard_size), device, progress
-        self.threads, self.block = threads or _processors(), block or BLOCK
+        self.threads = _processors() if threads is None else threads
+        self.block = BLOCK if block is None else block
         if min(self.threads, self.block) < 1:
             raise ValueError(f"threads is {threads} and block {block}: expected 1 or more")
         self.base = Base(recipe.base, trust_remote_code)

@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import AutoProcessor
+from typer.testing import CliRunner
 
+import mmer
 from merging_mmer import Recipe
 from merging_mmer.placement import PlacedFiles
 from merging_mmer.shards import size_in_bytes
@@ -197,6 +199,27 @@ def test_another_merge_does_not_go_on_from_there(tmp_path, shared, monkeypatch):
     run(other, tmp_path / "out", max_shard_size="20KB")
     run(other, tmp_path / "fresh", max_shard_size="20KB")
     assert digest(tmp_path / "out") == digest(tmp_path / "fresh")
+
+
+def test_a_dry_run_tells_and_writes_nothing(tmp_path, shared):
+    _, recipe = shared
+    file = tmp_path / "recipe.yaml"
+    file.write_text(Recipe.from_dict(recipe).to_yaml())
+    done = CliRunner().invoke(mmer.app, ["merge", str(file), str(tmp_path / "out"), "--dry-run", "--threads", "3"])
+    said = " ".join(done.output.split())
+    assert done.exit_code == 0 and "16 │" in said and "3 workers" in said and "1 file" in said
+    assert "rows of added tokens │ 1 │" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+    done = CliRunner().invoke(mmer.app, ["merge", str(file), str(tmp_path / "out"), "--threads", "3"])
+    assert done.exit_code == 0 and (tmp_path / "out" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("option", [{"threads": 0}, {"block": 0}, {"device": "nowhere"}], ids=str)
+def test_settings_that_are_none(tmp_path, shared, option):
+    _, recipe = shared
+    with pytest.raises(ValueError, match="expected 1 or more|device is 'nowhere'"):
+        run(recipe, tmp_path / "out", **option)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_repository_is_whole(tmp_path, shared):

@@ -1,4 +1,4 @@
-"""A merge over a Ray cluster of several nodes on this machine: the bytes of a local merge, also when a node is lost."""
+"""A merge over a Ray cluster of several nodes on one machine: the bytes of a local merge, also when a node is lost."""
 
 import time
 from threading import Thread
