@@ -76,6 +76,7 @@ def merge(
     workplace = out.parent / f".{out.name}.partial"
     _check_device(device, ray)
     with nullcontext() if ray is None else cluster(ray) as connected, _alone(workplace):
+        put_back(workplace, out)
         try:
             planned = _Merge(recipe, max_shard_size, trust_remote_code, threads, block, device, progress, connected)
             unfinished = workplace / out.name
@@ -139,6 +140,13 @@ def put_in_place(unfinished: Path, out: Path):
     if out.exists():
         os.replace(out, old)
     os.replace(unfinished, out)
+
+
+def put_back(workplace: Path, out: Path):
+    """Give an old folder its name back, where its successor did not get it: a process killed between two renamings."""
+    old = workplace / f"{out.name}.replaced"
+    if not out.exists() and old.is_dir():
+        os.replace(old, out)
 
 
 class _Merge:
@@ -209,14 +217,14 @@ class _Merge:
             key = fingerprint([self.recipe.resolved(), self.shard_size, self.device], inputs)
             journal = Journal(folder.parent / JOURNAL, key)
             journal.same = journal.same and PlacedFiles.there(folder, self.plan.placement)
-            self._clear(folder, keep=self.plan.placement.files if journal.same else [])
-            files = self._files(folder, journal.same)
+            # first of all: no journal may speak of files that are not its own
             journal.begin()
             try:
-                self._do_parts(files, journal, inputs)
+                self._clear(folder, keep=self.plan.placement.files if journal.same else [])
+                with closing(self._files(folder, journal.same)) as files:
+                    self._do_parts(files, journal, inputs)
             finally:
                 journal.close()
-                files.close()
         self._unchanged_since()
         measurement = self._measured(journal)
         report = self._report(measurement, inputs)

@@ -34,7 +34,7 @@ from .folder_checks import (
 )
 from .lora import fetch_adapter
 from .matrices import Decoupled
-from .merge import merge, put_in_place
+from .merge import merge, put_back, put_in_place
 from .naming import HEAD, PREFIX, stored_name
 from .recipe import Recipe
 from .report import MergeReport
@@ -253,9 +253,7 @@ def _workplace(target: Path) -> Path:
 def _restore(folder: Path):
     """Give an old folder its name back, where its successor did not get it: a process killed between two renamings."""
     target = folder.resolve()
-    old = _workplace(target) / f"{target.name}.replaced"
-    if not target.exists() and old.is_dir():
-        os.replace(old, target)
+    put_back(_workplace(target), target)
 
 
 @contextmanager

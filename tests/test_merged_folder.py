@@ -355,3 +355,14 @@ def test_sizes(size, wanted):
 def test_sizes_that_are_none(size):
     with pytest.raises(ValueError, match="max_shard_size is"):
         size_in_bytes(size)
+
+
+def test_an_overwritten_folder_whose_successor_did_not_get_its_name(tmp_path, shared):
+    """Killed between the two renamings: the old folder comes back first, whatever becomes of the merge."""
+    _, recipe = shared
+    (tmp_path / ".out.partial" / "out.replaced").mkdir(parents=True)
+    (tmp_path / ".out.partial" / "out.replaced" / "precious").write_text("x")
+    with pytest.raises(ValueError, match="expected 1 or more"):
+        run(recipe, tmp_path / "out", overwrite=True, threads=0)
+    assert (tmp_path / "out" / "precious").read_text() == "x"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
