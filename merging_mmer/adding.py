@@ -32,7 +32,6 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from configuration_mmer.configuration_mmer import MMERConfig
 
@@ -112,7 +111,7 @@ class _Addition:
         self._check_base()
         self.newcomers = [open_expert(name, e, self.base, trust_remote_code) for name, e in experts.items()]
         self.opened = {expert.name: expert for expert in self.newcomers}
-        tokenizer = AutoTokenizer.from_pretrained(self.base.folder, trust_remote_code=trust_remote_code)
+        tokenizer = self.base.load_tokenizer(trust_remote_code)
         self.tokens = len(tokenizer)
         self._merge_vocabulary(tokenizer, trust_remote_code)
         rank = merged.config.decoupling["rank"]

@@ -5,7 +5,6 @@ Leaves: `Encoder`: settings for the class that runs it, its weights with their n
 Invariants: the recipe goes before the checkpoint; a name that leads nowhere is refused, with the field that mends it.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from processing_mmer.processor_classes_mmer import class_by_name
 
 from .checkpoints import MODEL_FILES, Checkpoint, fetch
 from .layout_parts import BUFFERS, PLACEHOLDERS, Order, Seen, load_tokenizer, vicuna_template
+from .pretrained import CONFIG, check_numbers, naming, read_json
 from .renaming import Part, Rule, leave_out, rename
 
 # the last part of the paths that authors' configs have -> where it is on the Hub (a repository, or a file in one)
@@ -107,10 +107,11 @@ def _open(path: Path, inside: tuple[str, ...] = ()) -> Checkpoint:
 
 def _config(path: Path, where: str) -> dict[str, Any]:
     """The settings of a CLIP-like vision transformer, from a folder's config.json."""
-    file = path / "config.json"
+    file = path / CONFIG
     if not file.is_file():
         raise ValueError(f"{where}: {path} holds no config.json; expected the folder or Hub id of a CLIP-like encoder")
-    values = json.loads(file.read_text(encoding="utf-8"))
+    values = read_json(file)
+    check_numbers(file, values)
     own = values.get("vision_config", values)
     if not isinstance(own, dict) or not {"image_size", "patch_size", "hidden_size"} & set(own):
         raise ValueError(f"{file}: no vision_config, found {sorted(values)}; expected a CLIP-like encoder's")
@@ -140,12 +141,13 @@ def clip_vision(path: Path, modality: str, where: str, layer: int, class_token: 
     """CLIP or LanguageBind_Image. pad: pictures are filled up to a square first (image_aspect_ratio: pad). own: the
     checkpoint holds the weights itself."""
     config = _clip_settings(_config(path, where), _CLIP_DEFAULTS)
-    tokens = (config["image_size"] // config["patch_size"]) ** 2 + int(class_token)
+    with naming(path / CONFIG):
+        tokens = (config["image_size"] // config["patch_size"]) ** 2 + int(class_token)
     settings = {"kind": "clip_vision", "config": config, "layer": layer, "class_token": class_token}
     rules = (*_CLIP_REST, rename(r"vision_model\.(.+)", rf"model.encoders.{modality}.vision.\1"))
     part = None if own else Part(_open(path), rules)
     picture, read = _picture_processor(path, config["image_size"], pad)
-    return Encoder(settings, config["hidden_size"], tokens, picture, part, [path / "config.json", *read])
+    return Encoder(settings, config["hidden_size"], tokens, picture, part, [path / CONFIG, *read])
 
 
 def _picture_processor(path: Path, size: int, pad: bool) -> tuple[Any, list[Path]]:
@@ -153,7 +155,7 @@ def _picture_processor(path: Path, size: int, pad: bool) -> tuple[Any, list[Path
     file = path / "preprocessor_config.json"
     settings: dict[str, Any] = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
     if file.is_file():
-        read = json.loads(file.read_text(encoding="utf-8"))
+        read = read_json(file)
         names = (
             "size",
             "crop_size",
@@ -170,7 +172,8 @@ def _picture_processor(path: Path, size: int, pad: bool) -> tuple[Any, list[Path
     if isinstance(settings["crop_size"], int):
         settings["crop_size"] = {"height": settings["crop_size"], "width": settings["crop_size"]}
     kind: Any = class_by_name("LlavaImageProcessor" if pad else "CLIPImageProcessor")
-    return kind(**settings, **({"do_pad": True} if pad else {})), [file] if file.is_file() else []
+    with naming(file):
+        return kind(**settings, **({"do_pad": True} if pad else {})), [file] if file.is_file() else []
 
 
 def language_bind_video(path: Path, where: str, layer: int, own: bool) -> Encoder:
@@ -180,12 +183,13 @@ def language_bind_video(path: Path, where: str, layer: int, own: bool) -> Encode
     config.update({key: values[key] for key in ("num_frames", "add_time_attn") if key in values})
     settings = {"kind": "language_bind_video", "config": config, "layer": layer, "class_token": True}
     frames, size = config.get("num_frames", FRAMES), config["image_size"]
-    tokens = frames * ((size // config["patch_size"]) ** 2 + 1)
+    with naming(path / CONFIG):
+        tokens = frames * ((size // config["patch_size"]) ** 2 + 1)
     kind: Any = class_by_name("LanguageBindVideoProcessor")
     rules = (*_CLIP_REST, rename(r"vision_model\.(.+)", r"model.encoders.video.vision.\1"))
     part = None if own else Part(_open(path), rules)
     clips = kind(num_frames=frames, size=size)
-    return Encoder(settings, config["hidden_size"], tokens, clips, part, [path / "config.json"])
+    return Encoder(settings, config["hidden_size"], tokens, clips, part, [path / CONFIG])
 
 
 def beats(path: Path) -> Encoder:
@@ -280,13 +284,14 @@ def composed(
     around = [text for sense in senses.values() for text in sense.around if text]
     tokenizer = load_tokenizer(seen, order, text_config, list(tokens.values()), around)
     ids: dict[str, Any] = {f"{modality}_token_id": tokenizer.get_vocab()[token] for modality, token in tokens.items()}
-    config = ComposedConfig(
-        text_config=text_config,
-        encoders={modality: sense.encoder.settings for modality, sense in senses.items()},
-        connectors={modality: sense.connector for modality, sense in senses.items()},
-        soft_tokens={modality: sense.soft for modality, sense in senses.items() if sense.soft is not None},
-        **ids,
-    )
+    with naming(seen.folder / CONFIG, seen.weight_files):
+        config = ComposedConfig(
+            text_config=text_config,
+            encoders={modality: sense.encoder.settings for modality, sense in senses.items()},
+            connectors={modality: sense.connector for modality, sense in senses.items()},
+            soft_tokens={modality: sense.soft for modality, sense in senses.items() if sense.soft is not None},
+            **ids,
+        )
 
     def processor() -> ProcessorMixin:
         return ComposedProcessor(

@@ -1,31 +1,32 @@
-"""The base LLM and the experts, opened lazily, and the check that they belong together.
+"""The experts, opened lazily, and the check that they belong to the base.
 
-Enters: the sources of a recipe. Leaves: `Base` (θ₀ tensor by tensor) and `Expert`s (τᵢ tensor by tensor, tower
+Enters: the opened base (`Base`, base.py) and the sources of a recipe. Leaves: `Expert`s (τᵢ tensor by tensor, tower
 tensors unchanged). Invariant: an expert that is opened has the base's architecture and lies near the base; anything
 else raises and says which field, or how far.
 """
 
-import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, ProcessorMixin
+from transformers import PreTrainedConfig, ProcessorMixin
 
 from configuration_mmer.composed_config_mmer import ComposedConfig
 
 from .adapter_tokenizer import holds_processor, with_own_tokenizer
+from .base import Base
 from .checkpoints import MODEL_FILES, Checkpoint, fetch
 from .fitness import check_fitness
-from .head_check import check_head
 from .layout_parts import TRAINED_FILE
 from .layouts import Order, Reading, read_layout
 from .llava_layout import refuse_lora_on_llava
 from .lora import CONFIG_FILE, LoraAdapter, adapters_inside, fetch_adapter, is_adapter, read_adapter_config
-from .naming import HEAD, NamedCheckpoint, class_on_meta, delta_module_names, listing, split_names
+from .naming import HEAD, NamedCheckpoint, class_on_meta, listing, split_names
+from .pretrained import CONFIG, at_most, load_config, load_processor, most_tensors, naming, processor_files
 from .recipe import ExpertRecipe
 from .task_vectors import task_vector, vocabulary_task_vector
+from .vocabulary import find_placeholders
 
 # what must agree for a tensor of the expert to mean what the base's tensor of that name means
 SAME_FIELDS = (
@@ -81,55 +82,6 @@ class Distance:
             )
 
 
-class Base:
-    """θ₀. `names` are the tensors of the LLM relative to its `AutoModel`, without a head that is the embedding."""
-
-    def __init__(self, source: str, trust_remote_code: bool = False):
-        self.source, self.folder = source, fetch(source)
-        self.config = AutoConfig.from_pretrained(self.folder, trust_remote_code=trust_remote_code)
-        model = class_on_meta(self.config, multimodal=False, trust_remote_code=trust_remote_code)
-        self.weights = NamedCheckpoint(Checkpoint(self.folder), model)
-        if self.weights.missing:
-            raise ValueError(f"{self.folder}: the base lacks {listing(self.weights.missing)}")
-        self.full_names, tower = split_names(model)
-        if tower:
-            raise ValueError(f"{self.folder}: {type(model).__name__} has a tower; give the bare LLM as base")
-        check_head(model, self.config)
-        self.tied = bool(self.config.tie_word_embeddings)
-        head = self.full_names.pop(f"{HEAD}.weight", None) if self.tied else None
-        self._tied_head = head
-        self.relative = {full: name for name, full in self.full_names.items()}
-        self.delta_weights = {f"{name}.weight" for name in delta_module_names(model)}
-        embedding = model.get_input_embeddings()
-        self.embedding = next(f"{n}.weight" for n, module in delta_module_names(model).items() if module is embedding)
-        self.shapes = {name: tuple(self.weights.meta[full].shape) for name, full in self.full_names.items()}
-
-    def untie(self):
-        """Keep the head apart from the embedding, with the same values: an expert has a head of its own."""
-        if not self.tied or self._tied_head is None:
-            return
-        name, self.tied = f"{HEAD}.weight", False
-        self.full_names[name], self.relative[self._tied_head] = self._tied_head, name
-        self.shapes[name] = self.shapes[self.embedding]
-        self.config = copy.deepcopy(self.config)
-        self.config.tie_word_embeddings = False
-
-    @property
-    def names(self) -> list[str]:
-        return list(self.full_names)
-
-    @property
-    def vocabulary_names(self) -> tuple[str, ...]:
-        return (self.embedding,) if self.tied else (self.embedding, f"{HEAD}.weight")
-
-    def tensor(self, name: str) -> torch.Tensor:
-        return self.weights.tensor(self.full_names[name])
-
-    def files(self) -> list[Path]:
-        """Every file that was read of it, weights first."""
-        return [*self.weights.checkpoint.files, self.folder / "config.json"]
-
-
 @dataclass
 class Expert:
     """One expert: its tensors under the base's names, its tower under the names of its own `AutoModel`.
@@ -166,16 +118,23 @@ class Expert:
         if delta is None:
             return tau
         if name in self.base.vocabulary_names:
-            tau[:tokens] += delta[: min(tokens, len(tau))]
+            rows = min(tokens, len(tau))
+            if len(delta) < rows:
+                raise ValueError(
+                    f"{listing(map(str, self.weight_files))}: the LoRA on {name} has {len(delta)} rows, expected at "
+                    f"least the base's {rows} tokens"
+                )
+            tau[:tokens] += delta[:rows]
             return tau
         return tau + delta
 
     def dense_part(self, name: str, theta_0: torch.Tensor, tokens: int) -> torch.Tensor:
         """τ without the LoRA's B·A."""
         theta = self.stored(name)
-        if name in self.base.vocabulary_names:
-            return vocabulary_task_vector(theta, theta_0, tokens)
-        return task_vector(theta, theta_0)
+        with naming(*self.weight_files):
+            if name in self.base.vocabulary_names:
+                return vocabulary_task_vector(theta, theta_0, tokens)
+            return task_vector(theta, theta_0)
 
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The LoRA's (s·B, A) of one tensor, or None."""
@@ -213,6 +172,12 @@ class Expert:
         return self.adapter.replace(full, tensor).dtype
 
     @property
+    def weight_files(self) -> list[Path]:
+        """Every weight file that is read of it."""
+        adapter = [] if self.adapter is None else self.adapter.checkpoint.files
+        return list(dict.fromkeys([*self.weights.checkpoint.files, *adapter]))
+
+    @property
     def notes(self) -> list[str]:
         """What a user should know of how it was read."""
         return [] if self.reading is None else [f"expert {self.name!r} {note}" for note in self.reading.notes]
@@ -221,7 +186,9 @@ class Expert:
         if self.reading is not None:
             processor = self.reading.make_processor()
         else:
-            processor = AutoProcessor.from_pretrained(self.processor_folder, trust_remote_code=trust_remote_code)
+            processor = load_processor(self.processor_folder, trust_remote_code)
+            with naming(processor_files(self.processor_folder)):
+                find_placeholders(self.name, processor, self.config)
         if self.adapter is None or self.adapter_folder in (None, self.processor_folder):
             return processor
         matrices = {self.llm[name] for name in (self.base.embedding, f"{HEAD}.weight") if name in self.llm}
@@ -231,9 +198,8 @@ class Expert:
     def files(self) -> list[Path]:
         """Every file that was read of it, weights first."""
         read = [self.tower_folder / "config.json"] if self.reading is None else self.reading.inputs
-        adapter = [] if self.adapter is None else self.adapter.checkpoint.files
         config = [] if self.adapter_folder is None else [self.adapter_folder / CONFIG_FILE]
-        return list(dict.fromkeys([*self.weights.checkpoint.files, *read, *adapter, *config]))
+        return list(dict.fromkeys([*self.weight_files, *read, *config]))
 
 
 def open_expert(name: str, recipe: ExpertRecipe, base: Base, trust_remote_code: bool = False) -> Expert:
@@ -241,39 +207,65 @@ def open_expert(name: str, recipe: ExpertRecipe, base: Base, trust_remote_code: 
     tower_folder, adapter_folder = _folders(name, recipe)
     reading = read_layout(tower_folder, Order(f"experts.{name}", recipe, base.folder, trust_remote_code))
     if reading is None:
-        config = AutoConfig.from_pretrained(tower_folder, trust_remote_code=trust_remote_code)
+        config = load_config(tower_folder, trust_remote_code)
+        checkpoint: Checkpoint = Checkpoint(tower_folder)
     else:
-        config = reading.config
+        config, checkpoint = reading.config, reading.weights
     try:
-        model = class_on_meta(config, multimodal=True, trust_remote_code=trust_remote_code)
+        # a reading's sizes come from tensors too
+        read = [tower_folder / CONFIG, *([] if reading is None else checkpoint.files)]
+        with naming(*read), at_most(most_tensors(checkpoint.keys(), base.weights.checkpoint.keys())):
+            model = class_on_meta(config, multimodal=True, trust_remote_code=trust_remote_code)
     except ValueError as error:
         raise ValueError(
-            f"expert {name!r} ({tower_folder}): {error}. An expert is a multimodal checkpoint; a LoRA that was "
+            f"expert {name!r}: {error}. An expert is a multimodal checkpoint; a LoRA that was "
             "trained on a bare LLM needs the multimodal checkpoint it belongs to as tower:"
         ) from error
-    if not isinstance(config, ComposedConfig):
-        check_fitness(name, model, config)
-    _check_architecture(name, config.get_text_config(), base.config)
-    weights = NamedCheckpoint(Checkpoint(tower_folder) if reading is None else reading.weights, model)
+    with naming(tower_folder / CONFIG, base.folder / CONFIG):
+        if not isinstance(config, ComposedConfig):
+            check_fitness(name, model, config)
+        _check_architecture(name, config.get_text_config(), base.config)
+    weights = NamedCheckpoint(checkpoint, model)
     llm, tower = split_names(model)
-    _check_names(name, llm, base, model)
+    with naming(tower_folder / CONFIG, base.folder / CONFIG):
+        _check_names(name, llm, base, model)
     if config.get_text_config().tie_word_embeddings:
         # some classes (Qwen2Audio) do not declare that they tie; their checkpoints may still lack the head
         weights.alias(llm.get(f"{HEAD}.weight"), llm[base.embedding])
     has_llm = not set(llm.values()) <= weights.missing
     lost = weights.missing if has_llm else weights.missing - set(llm.values())
     if lost:
-        raise ValueError(f"expert {name!r} ({tower_folder}): {len(lost)} tensors are missing: {listing(lost)}")
+        raise ValueError(
+            f"expert {name!r} ({checkpoint.named()}): {len(lost)} tensors are missing: {listing(lost)}. Its "
+            f"{CONFIG} asks for them"
+        )
     expert = Expert(name, config, weights, llm, tower, base, tower_folder, has_llm=has_llm, reading=reading)
     if reading is not None and reading.lora is not None:
-        expert.adapter = LoraAdapter(tower_folder, lambda path: _resolve(path, expert), *reading.lora)
+        with naming(tower_folder / CONFIG, own=True):
+            expert.adapter = LoraAdapter(tower_folder, lambda path: _resolve(path, expert), *reading.lora)
     elif adapter_folder is not None:
         expert.adapter_folder = adapter_folder
         expert.adapter = LoraAdapter(adapter_folder, lambda path: _resolve(path, expert))
         expert.__post_init__()
+    _check_adapter(expert)
     _check_head(expert)
-    _check_distance(expert)
+    with naming(*dict.fromkeys([*expert.weight_files, *base.weights.checkpoint.files])):
+        _check_distance(expert)
     return expert
+
+
+def _check_adapter(expert: Expert):
+    """Factors of another shape than their matrix would be spread over it, or fail in the middle of a merge."""
+    if expert.adapter is None:
+        return
+    words = {expert.llm.get(name) for name in (expert.base.embedding, f"{HEAD}.weight")}
+    for name, (out, wide) in expert.adapter.shapes.items():
+        expected = tuple(expert.weights.meta[name].shape)
+        if wide != expected[-1] or (out != expected[0] and name not in words) or len(expected) != 2:
+            raise ValueError(
+                f"{expert.adapter.checkpoint.named()}: the LoRA on {name!r} is for a matrix of shape {(out, wide)}, "
+                f"expected {expected}. Is it for this model?"
+            )
 
 
 def _folders(name: str, recipe: ExpertRecipe) -> tuple[Path, Path | None]:
@@ -315,11 +307,8 @@ def _resolve(path: str, expert: Expert) -> str | None:
     full, pattern = expert.weights.rename(path)
     if pattern is None and full in expert.weights.meta:
         return full
-    full, pattern = expert.base.weights.rename(path)
-    relative = expert.base.relative.get(full)
-    if relative is None and full.removeprefix(f"{HEAD}.") != full:
-        relative = full
-    return expert.llm.get(relative) if pattern is None and relative else None
+    relative = expert.base.relative_name(path)
+    return expert.llm.get(relative) if relative else None
 
 
 def _check_architecture(name: str, text: PreTrainedConfig, base: PreTrainedConfig):

@@ -57,6 +57,7 @@ def inspect(
         order = Order("recipe", ExpertRecipe.model_validate(asked), base_folder, trust_remote_code)
         found = _checkpoint(str(source), folder, order)
     if opened is not None:
+        found.notes += opened.notes
         found.fit = compare(folder, found.kind, opened, tower, every, trust_remote_code, encoder, lora_key)
     return found
 

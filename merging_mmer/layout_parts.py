@@ -5,7 +5,6 @@ config, tokenizer and prompt format; `Reading`, which is all that opening an exp
 says nothing; a reading holds a config of a class that can be built here, and tensors under that class's names.
 """
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken
-from transformers import AutoTokenizer, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import LlamaConfig, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 from .checkpoints import ADAPTER_FILES, MODEL_FILES, Checkpoint
 from .lora import CONFIG_FILE
+from .pretrained import CONFIG, check_numbers, naming, read_json
+from .pretrained import load_tokenizer as read_tokenizer
 from .recipe import ExpertRecipe
 from .renaming import RenamedCheckpoint, Rule, leave_out, rename
 
 PROJECTOR_FILE, TRAINED_FILE = "mm_projector.bin", "non_lora_trainables.bin"
+_WEIGHTS = (".safetensors", ".bin")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 # what a prompt says for a medium, where the checkpoint has no token of its own for it (ModelCompose's constants.py;
@@ -70,12 +72,12 @@ def projector_widths(checkpoint: Checkpoint, prefix: str) -> list[int]:
             weights[int(place[1] or 0)] = checkpoint.shape(key)
         if not place or (place[2] == "weight" and len(checkpoint.shape(key)) != 2):
             raise ValueError(
-                f"{checkpoint.folder}: the projector's tensor {key!r} is none of linear layers with GELU between them "
-                "(linear, mlp2x_gelu, …), which are the only kind known here"
+                f"{checkpoint.named()}: the projector's tensor {key!r} is none of linear layers with GELU between "
+                "them (linear, mlp2x_gelu, …), which are the only kind known here"
             )
     shapes = [weights[place] for place in sorted(weights)]
     if sorted(weights) != [2 * place for place in range(len(weights))] or not shapes:
-        raise ValueError(f"{checkpoint.folder}: no whole projector; found {found}, expected layers 0, 2, …")
+        raise ValueError(f"{checkpoint.named()}: no whole projector; found {found}, expected layers 0, 2, …")
     return [shapes[0][1], *(shape[0] for shape in shapes)]
 
 
@@ -94,15 +96,16 @@ class Seen:
         path = self.folder / "config.json"
         if not path.is_file():
             return {}
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: not readable as JSON ({error}). Download it again") from error
-        return values if isinstance(values, dict) else {}
+        values = read_json(path)
+        check_numbers(path, values)
+        return values
 
     @property
     def model_type(self) -> str | None:
-        return self.config.get("model_type")
+        found = self.config.get("model_type")
+        if not isinstance(found, str | None):
+            raise ValueError(f"{self.folder / CONFIG}: model_type is {found!r}, expected a name")
+        return found
 
     @cached_property
     def weights(self) -> Checkpoint | None:
@@ -119,6 +122,11 @@ class Seen:
     def some(self, *prefixes: str) -> bool:
         """Whether a tensor's name begins so."""
         return any(key.startswith(prefixes) for key in self.keys)
+
+    @property
+    def weight_files(self) -> str:
+        """Folder and weight files, for messages."""
+        return f"{self.folder} ({', '.join(name for name in self.files if Path(name).suffix in _WEIGHTS)})"
 
     @property
     def is_adapter(self) -> bool:
@@ -175,15 +183,16 @@ def llama_config(seen: Seen) -> PreTrainedConfig:
     named = [name for name in seen.config.get("architectures") or [] if "Llama" not in name]
     if named:
         raise ValueError(
-            f"{seen.folder}: architectures {named}; of this layout only experts around Llama (Vicuna) are known, "
-            "whose prompt format is vicuna_v1. Convert it with transformers' own script, and give what that made"
+            f"{seen.folder / CONFIG}: architectures {named}; of this layout only experts around Llama (Vicuna) are "
+            "known, whose prompt format is vicuna_v1. Convert it with transformers' own script, and give what it made"
         )
     known = {*LlamaConfig().to_dict(), "rope_theta", "rope_scaling", "torch_dtype"}
     known -= {"architectures", "model_type", "transformers_version", "_name_or_path"}
     values: Any = {key: value for key, value in seen.config.items() if key in known}
     if not {"hidden_size", "num_hidden_layers"} <= set(values):
         raise ValueError(f"{seen.folder}/config.json: lacks hidden_size or num_hidden_layers, found {sorted(values)}")
-    return LlamaConfig(**values)
+    with naming(seen.folder / CONFIG):
+        return LlamaConfig(**values)
 
 
 def load_tokenizer(
@@ -195,9 +204,9 @@ def load_tokenizer(
     """
     if any(name in seen.files for name in TOKENIZER_FILES):
         # given the language model's config, transformers does not look for a class of the folder's model_type
-        tokenizer = AutoTokenizer.from_pretrained(seen.folder, config=text_config)
+        tokenizer = read_tokenizer(seen.folder, config=text_config)
     elif order.base is not None:
-        tokenizer = AutoTokenizer.from_pretrained(order.base, trust_remote_code=order.trust_remote_code)
+        tokenizer = read_tokenizer(order.base, order.trust_remote_code)
     else:
         raise ValueError(f"{seen.folder}: no tokenizer (none of {list(TOKENIZER_FILES)}); name the base it comes from")
     known = tokenizer.get_vocab()

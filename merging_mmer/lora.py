@@ -5,7 +5,6 @@ Enters: a folder with adapter_config.json and adapter_model.safetensors (or .bin
 multiplied, never merged apart; every tensor of the adapter is used, or ValueError lists those that are not.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from .checkpoints import ADAPTER_FILES, Checkpoint, fetch
+from .pretrained import naming, read_json
 from .task_vectors import one_thread
 
 CONFIG_FILE = "adapter_config.json"
@@ -50,6 +50,38 @@ _FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>
 _TOKENS = re.compile(r"^(?P<module>.+?)(\.token_adapter)?\.trainable_tokens_delta(\.[^.]+)?$")
 # modules_to_save and resized embeddings, in the spellings of old and new PEFT
 _WRAPPED = re.compile(r"\.(modules_to_save|original_module|base_layer)(?=\.)")
+
+# more than any adapter has; a number of another size is no rank, whatever the file says
+_LARGEST_RANK, _LARGEST_ALPHA = 1 << 20, 1e9
+# what makes a search take time without end: a group that repeats, and many parts that may be of any length
+_REPEATED_GROUP = re.compile(r"\)[*+{]|\(\?[^:]|\\[1-9]")
+_MOST_REPEATS, _MOST_OPTIONS, _LONGEST_PATTERN = 4, 8, 4096
+
+
+def _is_table(value: Any) -> bool:
+    return value is None or isinstance(value, dict)
+
+
+def _is_index(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _are_rows(value: Any) -> bool:
+    """trainable_token_indices: rows, or rows by module."""
+    if isinstance(value, dict):
+        return all(isinstance(rows, list) and _are_rows(rows) for rows in value.values())
+    return value is None or (isinstance(value, list) and all(map(_is_index, value)))
+
+
+_WANTED: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    ("r", "a rank from 1", lambda value: _is_rank(value)),
+    ("lora_alpha", "a positive number", lambda value: _is_alpha(value)),
+    ("use_rslora", "true or false", lambda value: value is None or isinstance(value, bool)),
+    ("rank_pattern", "ranks by pattern", _is_table),
+    ("alpha_pattern", "numbers by pattern", _is_table),
+    ("trainable_token_indices", "rows, or rows by module", _are_rows),
+    ("base_model_name_or_path", "a name", lambda value: isinstance(value, str | None)),
+)
 
 Resolve = Callable[[str], str | None]
 
@@ -97,24 +129,67 @@ def fetch_adapter(source: str) -> Path:
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
     """adapter_config.json of a plain LoRA. Raises ValueError that names the method or the feature of any other."""
-    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    config = read_json(folder / CONFIG_FILE)
+    with naming(folder / CONFIG_FILE):
+        return _plain_lora(folder, config)
+
+
+def _plain_lora(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"{folder}: peft_type is {config.get('peft_type')!r}, only LORA adapters can be merged")
+        raise ValueError(f"peft_type is {config.get('peft_type')!r}, only LORA adapters can be merged")
     for field, meaning in _REFUSED.items():
         if config.get(field):
-            raise ValueError(f"{folder}: {meaning} is not supported ({field}). Merge the adapter into its model first")
+            raise ValueError(f"{meaning} is not supported ({field}). Merge the adapter into its model first")
     if strange := sorted(field for field, value in config.items() if value and field not in _KNOWN | set(_REFUSED)):
         raise ValueError(
-            f"{folder}: adapter_config.json sets {strange}, which are not known here and may change what its tensors "
+            f"adapter_config.json sets {strange}, which are not known here and may change what its tensors "
             "mean. Merge the adapter into its model first, or take out what only concerned training"
         )
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(_BASE_CHANGING):
         raise ValueError(
-            f"{folder}: initialised by {start!r}, which changed the base's weights. Save it again with "
+            f"initialised by {start!r}, which changed the base's weights. Save it again with "
             "path_initial_model_for_weight_conversion, or merge the adapter into its model first"
         )
+    for field, what, good in _WANTED:
+        if field in config and not good(config[field]):
+            raise ValueError(f"{field} is {str(config[field])[:80]!r}, expected {what}")
+    for patterns, good in (("rank_pattern", _is_rank), ("alpha_pattern", _is_alpha)):
+        for pattern, value in (config.get(patterns) or {}).items():
+            if not good(value):
+                raise ValueError(f"{patterns} has {str(value)[:80]!r} for {pattern!r}, expected a positive number")
+            _compiled(pattern)
+    if missing := [field for field in ("r", "lora_alpha") if field not in config]:
+        raise ValueError(f"lacks {missing}, which say what its tensors mean")
     return config
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and 0 < value <= _LARGEST_RANK
+
+
+def _is_alpha(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value <= _LARGEST_ALPHA
+
+
+def _compiled(pattern: str) -> re.Pattern:
+    """A pattern of modules. Raises ValueError for one that is none, or whose search may take for ever."""
+    plain = pattern.replace("(?:", "(").replace("\\\\", "")
+    repeats, options = len(re.findall(r"[*+{]", plain)), plain.count("?")
+    if (
+        _REPEATED_GROUP.search(plain)
+        or repeats > _MOST_REPEATS
+        or options > _MOST_OPTIONS
+        or len(plain) > _LONGEST_PATTERN
+    ):
+        raise ValueError(
+            f"the pattern {pattern[:80]!r} repeats a group or has many parts of any length, on which a search may "
+            "take for ever: name the modules instead"
+        )
+    try:
+        return re.compile(rf"(.*\.)?({pattern})$")
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression ({error})") from error
 
 
 class LoraAdapter:
@@ -140,12 +215,14 @@ class LoraAdapter:
         strangers = [key for key in self.checkpoint.keys() if not self._take(key, resolve)]
         if strangers:
             raise ValueError(
-                f"{folder}: {len(strangers)} tensors of the adapter fit nothing in the model it is for: "
-                f"{strangers[:8]}. Is the tower (or base_model_name_or_path) the model it was trained on?"
+                f"{self.checkpoint.named()}: {len(strangers)} tensors of the adapter fit nothing in the model it is "
+                f"for: {strangers[:8]}. Is the tower (or base_model_name_or_path) the model it was trained on?"
             )
         for name, factors in self._factors.items():
             if not (factors.a and factors.b):
-                raise ValueError(f"{folder}: {name!r} has only one of lora_A and lora_B; the adapter is incomplete")
+                raise ValueError(
+                    f"{self.checkpoint.named()}: {name!r} has only one of lora_A and lora_B; the adapter is incomplete"
+                )
 
     @property
     def changed(self) -> set[str]:
@@ -155,6 +232,15 @@ class LoraAdapter:
     def ranks(self) -> dict[str, int]:
         """Rank of each tensor that has factors."""
         return {name: self.checkpoint.shape(entry.a)[0] for name, entry in self._factors.items()}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of the change of each tensor that has factors."""
+        ends = {
+            name: (self.checkpoint.shape(entry.b), self.checkpoint.shape(entry.a), entry.embedding)
+            for name, entry in self._factors.items()
+        }
+        return {name: (a[1], b[0]) if embedding else (b[0], a[1]) for name, (b, a, embedding) in ends.items()}
 
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(s·B (out, r), A (r, in)), fp32. For an embedding (rows, hidden), B·A of the adapter is transposed."""
@@ -177,11 +263,20 @@ class LoraAdapter:
         if name in self._rows:
             indices, key = self._rows[name]
             rows = self.checkpoint.tensor(key)
+            if max(indices, default=0) >= len(tensor) or rows.shape[1:] != tensor.shape[1:]:
+                raise ValueError(
+                    f"{self.checkpoint.place(key)}: {key!r} has shape {tuple(rows.shape)} for the rows up to "
+                    f"{max(indices, default=0)} of a tensor of shape {tuple(tensor.shape)}"
+                )
             tensor = tensor.to(torch.promote_types(tensor.dtype, rows.dtype)).clone()
             tensor[indices] = rows.to(tensor.dtype)
         return tensor
 
     def _take(self, key: str, resolve: Resolve) -> bool:
+        if not (dtype := self.checkpoint.dtype(key)).is_floating_point:
+            raise ValueError(
+                f"{self.checkpoint.place(key)}: {key!r} is saved as {dtype}, expected floating-point numbers"
+            )
         path = key.removeprefix(_WRAPPER)
         if match := _FACTOR.match(path):
             return self._take_factor(key, match, resolve)
@@ -209,7 +304,7 @@ class LoraAdapter:
         expected = _of_pattern(self.config.get("rank_pattern"), match["module"], self.config["r"])
         if rank != expected:
             raise ValueError(
-                f"{self.checkpoint.folder}: {key!r} has shape {shape}, but its configuration "
+                f"{self.checkpoint.place(key)}: {key!r} has shape {shape}, but {CONFIG_FILE} "
                 f"gives its module rank {expected}"
             )
         alpha = _of_pattern(self.config.get("alpha_pattern"), match["module"], self.config["lora_alpha"])
@@ -241,6 +336,6 @@ def _spellings(path: str) -> list[str]:
 def _of_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
     """PEFT's rule: the first pattern (a regular expression) that is the module's name, or its end after a dot."""
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if _compiled(pattern).match(module):
             return value
     return default

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from .added_rows import lay_out, read_rows, row_places
 from .decoupling import largest_rank, settle
@@ -28,6 +27,7 @@ from .journal import Journal, fingerprint
 from .matrix_work import BLOCK, Job
 from .placement import PlacedFiles, Placement, Stored
 from .plan import MergePlan, Part, Planner, changed_tensors
+from .pretrained import naming
 from .ray_engine import Order, cluster, hashes_on, parts_on
 from .recipe import Recipe
 from .report import Measurement, MergeReport, sha256
@@ -171,7 +171,7 @@ class _Merge:
         self.base = Base(recipe.base, trust_remote_code)
         self.experts = [open_expert(name, e, self.base, trust_remote_code) for name, e in recipe.experts.items()]
         self.dtype = self._dtype(recipe)
-        tokenizer = AutoTokenizer.from_pretrained(self.base.folder, trust_remote_code=trust_remote_code)
+        tokenizer = self.base.load_tokenizer(trust_remote_code)
         self.tokens = len(tokenizer)
         settled = settle(recipe.decoupling, self.experts, self.base, self.tokens)
         self.recipe = recipe.model_copy(update={"decoupling": settled})
@@ -319,8 +319,9 @@ class _Merge:
         for part in self.plan.parts:
             if (numbers := journal.done[part.name]) is not None:
                 measurement.join(numbers)
-        for name, distance in measurement.distance.items():
-            distance.check(name, self.base.source)
+        for expert in self.experts:
+            with naming(*expert.weight_files, *self.base.weights.checkpoint.files):
+                measurement.distance[expert.name].check(expert.name, self.base.source)
         return measurement
 
     @cached_property

@@ -91,7 +91,7 @@ class NamedCheckpoint:
         self.unknown = set(info.unexpected_keys)
         if self.unknown and strict:
             raise ValueError(
-                f"{checkpoint.folder}: {len(info.unexpected_keys)} tensors are unknown to {type(model).__name__}: "
+                f"{checkpoint.named()}: {len(info.unexpected_keys)} tensors are unknown to {type(model).__name__}: "
                 f"{listing(info.unexpected_keys)}. Nothing is skipped silently: is config.json the right one?"
             )
         self.missing = info.missing_keys
@@ -114,7 +114,9 @@ class NamedCheckpoint:
             elif name not in self.meta:
                 unknown.add(name)
             elif name in self.sources:
-                raise ValueError(f"{self.checkpoint.folder}: several tensors claim the name {name!r}, {key!r} is one")
+                raise ValueError(
+                    f"{self.checkpoint.place(key)}: several tensors claim the name {name!r}, {key!r} is one"
+                )
             else:
                 self._check_shape(name, key, self.checkpoint.shape(key))
                 self.sources[name] = partial(self.checkpoint.tensor, key)
@@ -143,11 +145,17 @@ class NamedCheckpoint:
         return self._convert(first, parts, self.checkpoint.tensor)[name]
 
     def _check_shape(self, name: str, key: str, found: tuple[int, ...]):
-        expected = tuple(self.meta[name].shape)
-        if found != expected:
+        expected, saved = self.meta[name], self.checkpoint.dtype(key)
+        if found != tuple(expected.shape):
             raise ValueError(
-                f"{self.checkpoint.folder}: {key!r} has shape {found}, but {type(self.model).__name__} of its "
-                f"config.json expects {expected} for {name!r}"
+                f"{self.checkpoint.place(key)}: {key!r} has shape {found}, but {type(self.model).__name__} of its "
+                f"config.json expects {tuple(expected.shape)} for {name!r}"
+            )
+        if expected.is_floating_point() != saved.is_floating_point:
+            raise ValueError(
+                f"{self.checkpoint.place(key)}: {key!r} is saved as {saved}, but {type(self.model).__name__} expects "
+                f"{'floating-point numbers' if expected.is_floating_point() else expected.dtype} for {name!r}. "
+                "Give the checkpoint as it was before it was quantised"
             )
 
     def alias(self, name: str | None, source: str):

@@ -7,18 +7,39 @@ field, what was found and what is expected.
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from configuration_mmer.routes_mmer import AUTO, MODALITIES, ROUTE_NAMES
 
 Modality = Literal["image", "video", "audio", "point_cloud"]
 
+# a recipe of a hundred experts has some 10 KB, and nothing in it lies deeper than an expert's encoder
+_MOST_BYTES, _MOST_DEPTH, _MOST_VALUES, _MOST_LETTERS = 1 << 17, 16, 50_000, 1000
+_SHOWN = 80
+
+
+def _source(value: str) -> str:
+    if not value or not value.isprintable() or len(value) > _MOST_LETTERS:
+        raise ValueError(f"found {_short(value)}, expected a Hub id (org/name or org/name@revision) or a folder")
+    return value
+
+
+def _short(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of thousands of digits
+        text = f"a {type(value).__name__} of thousands of digits"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+Source = Annotated[str, AfterValidator(_source)]
+
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", populate_by_name=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", populate_by_name=True, frozen=True, allow_inf_nan=False)
 
 
 class ExpertRecipe(_Part):
@@ -29,10 +50,10 @@ class ExpertRecipe(_Part):
     encoder_sources.py). `lora_key`: which factors are the expert's, where it has several (model_compose_layout.py).
     """
 
-    model: str | None = None
-    lora: str | None = None
-    tower: str | None = None
-    encoder: str | dict[Modality, str] | None = None
+    model: Source | None = None
+    lora: Source | None = None
+    tower: Source | None = None
+    encoder: Source | dict[Modality, Source] | None = None
     lora_key: Literal["default", "vision", "audio", "video", "point"] | None = None
     modality: Modality | list[Modality] | None = None
     tokenizer: Literal["base", "own"] = "base"
@@ -68,7 +89,7 @@ class Decoupling(_Part):
     kind: Literal["auto", "mask", "paper", "exact", "none"] = "auto"
     lam: float = Field(default=1.0, alias="lambda", ge=0)
     scale: Literal["row", "tensor", "none"] = "row"
-    rank: int = Field(default=8, ge=0)
+    rank: int = Field(default=8, ge=0, le=1 << 20)
 
     @model_validator(mode="before")
     @classmethod
@@ -93,7 +114,7 @@ class Decoupling(_Part):
 class Recipe(_Part):
     """What to merge. Sources are Hub ids (`org/name`, `org/name@revision`) or folders, relative to where one works."""
 
-    base: str
+    base: Source
     experts: dict[str, ExpertRecipe] = Field(min_length=1)
     method: Method = Method()
     decoupling: Decoupling = Decoupling()
@@ -111,9 +132,11 @@ class Recipe(_Part):
     @model_validator(mode="after")
     def _across_fields(self):
         for name in self.experts:
-            if name in (AUTO, *ROUTE_NAMES) or not name.replace("-", "_").isidentifier():
+            plain = name.replace("-", "_").isidentifier() and len(name) <= _SHOWN
+            if name in (AUTO, *ROUTE_NAMES) or not plain:
                 raise ValueError(
-                    f"experts.{name}: expected letters, digits, '_' and '-', and none of {[AUTO, *ROUTE_NAMES]}"
+                    f"experts.{name[:_SHOWN]}: expected letters, digits, '_' and '-', {_SHOWN} at most, and none of "
+                    f"{[AUTO, *ROUTE_NAMES]}"
                 )
         if self.text_route not in (AUTO, *ROUTE_NAMES, *self.experts):
             raise ValueError(f"text_route: found {self.text_route!r}, expected {[AUTO, *ROUTE_NAMES, *self.experts]}")
@@ -198,7 +221,7 @@ class Recipe(_Part):
 
 def expert_recipes(experts: Mapping[str, Any], origin: str = "experts") -> dict[str, ExpertRecipe]:
     """Experts as a recipe has them: name -> source, or its fields, or an `ExpertRecipe`."""
-    return Recipe.from_dict({"base": "", "experts": dict(experts)}, origin).experts
+    return Recipe.from_dict({"base": "any", "experts": dict(experts)}, origin).experts
 
 
 def load_experts(path: str | Path) -> dict[str, ExpertRecipe]:
@@ -215,18 +238,70 @@ def load_experts(path: str | Path) -> dict[str, ExpertRecipe]:
 def _read(path: Path) -> Any:
     if not path.is_file():
         raise ValueError(f"{path}: there is no recipe of this name")
+    if (size := path.stat().st_size) > _MOST_BYTES:
+        raise ValueError(f"{path}: has {size:,} bytes, expected a recipe of at most {_MOST_BYTES:,}")
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
-    except yaml.YAMLError as error:
+        loader = _UniqueKeys(path.read_bytes().decode("utf-8-sig"))
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_size(node)
+        return loader.construct_document(node)
+    except RecursionError as error:
+        raise ValueError(f"{path}: not readable as YAML: nested too deeply") from error
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # the latter of dates and numbers that are none
         raise ValueError(f"{path}: not readable as YAML: {error}") from error
+
+
+def _check_size(root: yaml.Node):
+    """Raises ValueError where the values of a document, with every alias written out, nest too deeply or are too many.
+
+    A line of aliases of aliases stands for more values than a memory holds, one of itself for values without end.
+    """
+    sizes: dict[int, tuple[int, int]] = {}  # id of a node -> (values, depth), -1 while it is looked at
+    todo: list[tuple[yaml.Node, bool]] = [(root, False)]
+    while todo:
+        node, done = todo.pop()
+        inner = node.value if isinstance(node, yaml.CollectionNode) else []
+        inner = [one for pair in inner for one in pair] if isinstance(node, yaml.MappingNode) else inner
+        if done:
+            values, depth = zip((1, 0), *(sizes[id(one)] for one in inner))
+            sizes[id(node)] = sum(values), max(depth) + 1
+            if sizes[id(node)][0] > _MOST_VALUES or sizes[id(node)][1] > _MOST_DEPTH:
+                raise ValueError(
+                    f"more than {_MOST_VALUES:,} values, or nested more than {_MOST_DEPTH} deep, with aliases written "
+                    f"out, at {node.start_mark}"
+                )
+        elif id(node) not in sizes:
+            sizes[id(node)] = -1, 0
+            todo.append((node, True))
+            todo += [(one, False) for one in inner]
+        elif sizes[id(node)][0] < 0:
+            raise ValueError(f"what is named at {node.start_mark} holds itself")
 
 
 class _UniqueKeys(yaml.SafeLoader):
     """YAML where a key given twice is an error: the first would vanish without a word."""
 
+    _depth = 0
+
+    def compose_node(self, parent, index):
+        if self._depth >= _MOST_DEPTH:
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, f"nested more than {_MOST_DEPTH} deep", mark)
+        self._depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
+
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a key is a list or a mapping, expected a word", key_node.start_mark
+                )
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", key_node.start_mark)
@@ -237,13 +312,13 @@ class _UniqueKeys(yaml.SafeLoader):
 def _faults(error: ValidationError) -> list[str]:
     lines = []
     for fault in error.errors():
-        field = ".".join(str(part) for part in fault["loc"])
+        field = ".".join(str(part)[:_SHOWN] for part in fault["loc"])
         message = fault["msg"].removeprefix("Value error, ")
-        found = "" if fault["type"] in ("missing", "value_error") else f" (found {fault['input']!r})"
+        found = "" if fault["type"] in ("missing", "value_error") else f" (found {_short(fault['input'])})"
         if fault["type"] == "extra_forbidden":
             message, found = "unknown field", ""
         lines.append(f"  {field}: {message}{found}" if field else f"  {message}")
-    return lines
+    return lines[:_SHOWN] + [f"  and {len(lines) - _SHOWN} more"] * (len(lines) > _SHOWN)
 
 
 __all__ = ["MODALITIES", "Decoupling", "ExpertRecipe", "Method", "Recipe", "expert_recipes", "load_experts"]

@@ -77,6 +77,10 @@ class RenamedCheckpoint(Checkpoint):
     def keys(self) -> list[str]:
         return list(self._sources)
 
+    def place(self, key: str) -> Path:
+        checkpoint, saved, _ = self._sources[key]
+        return checkpoint.place(saved)
+
     def saved_name(self, key: str) -> str:
         """What the tensor is called in its file."""
         return self._sources[key][1]

@@ -7,7 +7,7 @@ expert is in memory at a time.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,13 +17,12 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from configuration_mmer.routes_mmer import FIRST_EXPERT_ROUTE
 from modeling_mmer.modeling_mmer import MMERForConditionalGeneration
 from modeling_mmer.routing_mmer import route_weight_of
 
-from .added_rows import lay_out, read_rows, row_places
 from .checkpoints import fetch
 from .experts import Base, Expert, open_expert
 from .folder_checks import REPORT, Fault, MergedFolder, Skip
@@ -32,7 +31,6 @@ from .naming import listing, stored_name
 from .recipe import ExpertRecipe, Recipe
 from .report import sha256, tensor_kind
 from .tokenization import PROBES
-from .vocabulary import merge_vocabulary, possible_texts
 
 _PARTS = ("weight", "delta", "masks", "scales", "correction_a", "correction_b")
 _SOURCES = ("model", "lora", "tower")  # the fields of an expert in a recipe that name a place
@@ -144,7 +142,7 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
 
 
-def _all_or_skip(differing: list[str], unseen: list[str], what: str, expected: str):
+def all_or_skip(differing: list[str], unseen: list[str], what: str, expected: str):
     if differing:
         raise Fault(f"{len(differing)} tensors differ: {listing(differing)}", expected)
     if unseen:
@@ -192,7 +190,7 @@ def check_base(merged: MergedFolder, sources: Sources) -> str:
             continue
         if not same_bits(stored, base.tensor(name).to(stored.dtype)):
             differing.append(name)
-    _all_or_skip(differing, unseen, "tensors of the base", f"the bits of {base.folder}")
+    all_or_skip(differing, unseen, "tensors of the base", f"the bits of {base.folder}")
     return f"{len(base.names)} tensors, bit for bit those of {base.folder}"
 
 
@@ -301,86 +299,15 @@ def check_towers(merged: MergedFolder, sources: Sources) -> str:
             seen += 1
             if not same_bits(stored, expert.tower_tensor(name).to(stored.dtype)):
                 differing.append(place)
-    _all_or_skip(differing, unseen, "tensors of the towers", "the bits of the original experts")
+    all_or_skip(differing, unseen, "tensors of the towers", "the bits of the original experts")
     return f"{seen} tensors"
 
 
-def check_exact(merged: MergedFolder, sources: Sources) -> str:
-    """What is kept without approximation: each expert's norms and biases, and the rows of added tokens."""
-    differing, unseen, seen = [], [], 0
-    base, tokens = sources.base, len(sources.base_tokenizer)
-    static = merged.config.decoupling["kind"] == "none"
-    for name in [] if static else merged.config.expert_tensors:
-        theta_0, (module, _, leaf) = base.tensor(name), name.rpartition(".")
-        place = f"{stored_name(module + '.')}expert_{leaf}"
-        try:
-            copies = merged.read(place)
-        except Skip:
-            unseen.append(place)
-            continue
-        for expert, stored in zip(sources.experts, copies, strict=True):
-            changed = bool(expert.task_vector(name, theta_0, tokens).any())
-            original = expert.exact_tensor(name) if changed else theta_0
-            seen += 1
-            if not same_bits(stored, original.to(stored.dtype)):
-                differing.append(f"{place} of {expert.name}")
-    for place, expert_name, row, own in _added_rows(merged, sources):
-        seen += 1
-        try:
-            if not same_bits(merged.read(place)[row], own):
-                differing.append(f"{place} of {expert_name}")
-        except Skip:
-            unseen.append(place)
-    _all_or_skip(differing, unseen, "exact copies", "the bits of the original experts")
-    return f"{seen} tensors" if seen else "nothing is kept apart"
-
-
-def _added_rows(merged: MergedFolder, sources: Sources) -> Iterator[tuple[str, str, int, torch.Tensor]]:
-    """(stored name, expert, row that its route reads, the expert's own row) of every added token that has a row.
-
-    Tokens are found by what they may be called: where an expert has left, the others keep the names that they got
-    beside it. In a static merge all read the mean of what experts tuned apart, which is passed over; so are all rows
-    there once an expert has left, since any may be a mean with its own.
-    """
-    config, base, experts = merged.config, sources.base, sources.experts
-    if not config.added_tokens or (config.decoupling["kind"] == "none" and _was_changed(merged)):
-        return
-    processors = {e.name: e.load_processor(sources.trust_remote_code) for e in experts}
-    wanted: dict[str, list[str] | None] = {e.name: config.modalities(e.name) for e in experts}
-    configs, own_ways = {e.name: e.config for e in experts}, sources.recipe.own_tokenizers
-    vocabulary = merge_vocabulary(sources.base_tokenizer, processors, configs, wanted, own_ways)
-    tokens, places = vocabulary.added_tokens, row_places(base)
-    rows = {expert.name: read_rows(expert, list(places), tokens) for expert in experts}
-    empty = torch.zeros(len(places), config.text_config.hidden_size, dtype=merged.dtype)
-    apart = lay_out(rows, [token.token for token in tokens], empty)[1] if config.decoupling["kind"] == "none" else {}
-    for name, read in zip(config.expert_names, config.added_rows()[FIRST_EXPERT_ROUTE:], strict=True):
-        stored = {t["token"]: place for place, t in enumerate(config.added_tokens) if name in t["experts"]}
-        for token in tokens:
-            if name not in token.experts:
-                continue
-            text = next((text for text in possible_texts(token.token, name, vocabulary) if text in stored), None)
-            if text is None:
-                raise Fault(f"config.json has no added token {token.token!r} of expert {name!r}", "the expert's")
-            place, own = stored.pop(text), rows[name].get(token.token)
-            if own is not None and token.token not in apart:
-                for matrix, row in zip(places.values(), own, strict=True):
-                    yield matrix, name, read[place], row.to(merged.dtype)
-        if stored:
-            raise Fault(f"config.json gives expert {name!r} the added tokens {list(stored)}", "those that it brings")
-
-
-def _was_changed(merged: MergedFolder) -> bool:
-    """Whether experts have joined or left since the merge."""
-    try:
-        return bool(merged.report.get("notes"))
-    except (Fault, Skip):
-        return False
-
-
 def check_load(merged: MergedFolder, sources: Sources) -> str:
-    """The loaded model's base route gives the base LLM's logits, bit for bit."""
+    """The loaded model's base route gives the logits of the base's own class, bit for bit."""
     model: Any = MMERForConditionalGeneration.from_pretrained(merged.folder, dtype=merged.dtype).eval()
-    base: Any = AutoModelForCausalLM.from_pretrained(sources.base_folder, dtype=merged.dtype).eval()
+    kind: Any = type(sources.base.weights.model)
+    base: Any = kind.from_pretrained(sources.base_folder, dtype=merged.dtype).eval()
     for text in PROBES:
         ids = torch.tensor([merged.tokenizer(text)["input_ids"]])
         with torch.no_grad():

@@ -11,7 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .attention_check import check_attention
 from .checkpoints import fetch
+from .exact_check import check_exact
 from .folder_checks import (
     Fault,
     MergedFolder,
@@ -33,7 +35,6 @@ from .recipe import Recipe
 from .source_checks import (
     Sources,
     check_base,
-    check_exact,
     check_load,
     check_residuals,
     check_sources,
@@ -108,6 +109,7 @@ def verify(
 
     alone = {
         "config": (check_config, ()),
+        "attention": (check_attention, ("config",)),
         "files": (check_files, ()),
         "tensors": (check_tensors, ("config", "files")),
         "finite": (check_finite, ("files",)),
@@ -151,5 +153,5 @@ def _made(name: str, check: Callable[[], str]) -> Check:
         return Check(name, WARNING, str(remark))
     except (ValueError, OSError) as error:  # in words, by what reads files here and in the libraries
         return Check(name, FAILED, str(error), "files that can be read")
-    except (KeyError, TypeError, AttributeError) as error:  # JSON of another form
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:  # JSON of another form
         return Check(name, FAILED, f"{type(error).__name__}: {error}", "files of the form that a merge writes")

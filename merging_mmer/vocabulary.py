@@ -18,6 +18,7 @@ from configuration_mmer.routes_mmer import AUTO, MODALITIES
 from processing_mmer.expert_processors_mmer import ExpertProcessor, reading_tokenizer
 from processing_mmer.processing_mmer import MMERProcessor
 
+from .pretrained import naming, tokenizer_files
 from .tokenization import PROBES, own_reading
 
 # the parts of a processor that show it takes a modality
@@ -77,7 +78,10 @@ def merge_vocabulary(
     base = base_tokenizer.get_vocab()
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise ValueError("the base's tokenizer has neither a pad token nor an eos token: set one before merging")
+            raise ValueError(
+                f"{tokenizer_files(base_tokenizer)}: the base's tokenizer has neither a pad token nor an eos token: "
+                "set one before merging"
+            )
         tokenizer.pad_token = tokenizer.eos_token
         vocabulary.warnings.append(f"the base has no pad token: {tokenizer.eos_token!r} pads")
     wanted = {token.token: token for token in vocabulary.added_tokens}
@@ -86,8 +90,9 @@ def merge_vocabulary(
     taken |= {written for entries in vocabulary.written.values() for written in entries.values()}
     for name, processor in processors.items():
         own = processor.tokenizer
-        _check_base(name, base, own.get_vocab())
-        vocabulary.readings[name], warnings = own_reading(name, base_tokenizer, own, name in own_tokenizers)
+        with naming(tokenizer_files(own), tokenizer_files(base_tokenizer)):
+            _check_base(name, base, own.get_vocab())
+            vocabulary.readings[name], warnings = own_reading(name, base_tokenizer, own, name in own_tokenizers)
         vocabulary.warnings += warnings
         found, left_out = _brought(name, find_placeholders(name, processor, configs[name]), modalities)
         own_flags = {str(token): token for token in own.added_tokens_decoder.values()}
@@ -191,6 +196,13 @@ def find_placeholders(
             continue
         if place is None and found and written not in processor.tokenizer.get_vocab():
             continue  # only a word that the processor replaces (SmolVLM's videos become images)
+        if isinstance(written, AddedToken):
+            written = str(written)
+        if not isinstance(written, str | None) or not isinstance(place, int | None):
+            raise ValueError(
+                f"expert {name!r}: its {modality} placeholder is {written!r} with the id {place!r}, expected a token "
+                "and a number"
+            )
         token, place = _token_of(name, modality, processor, written, place)
         if any(token == other for other, *_ in found.values()):
             continue  # one token for two kinds of media: the first kind is how features get in

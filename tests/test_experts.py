@@ -315,12 +315,6 @@ def test_a_plain_language_model_is_no_expert(tmp_path, llama):
         opened(tmp_path / "base", base)
 
 
-def test_a_multimodal_model_is_no_base(tmp_path, llama):
-    model, _ = llama
-    with pytest.raises(ValueError, match="no causal language model of this kind"):
-        Base(str(tiny.save(tiny.expert_model("llava", model), tmp_path / "expert")))
-
-
 def test_a_hub_id_with_a_revision(tmp_path, monkeypatch):
     asked = []
 
