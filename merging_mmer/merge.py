@@ -208,7 +208,8 @@ class _Merge:
 
     @property
     def warnings(self) -> list[str]:
-        return [*self.vocabulary.warnings, *(note for expert in self.experts for note in expert.notes)]
+        of_experts = [note for expert in self.experts for note in expert.notes]
+        return [*self.base.notes, *self.vocabulary.warnings, *of_experts]
 
     def run(self, folder: Path, started: float) -> MergeReport:
         """Everything of the repository into `folder`, which may hold what a killed run of the same merge left."""

@@ -12,13 +12,28 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationMixin
+from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
 
 from configuration_mmer.routes_mmer import BASE_ROUTE, named_route
 
 from .attention_mmer import OUTSIDE, media_blocks, whole_blocks
 from .cache_mmer import CACHE, one_cache
 from .routing_mmer import RoutedWeight
+
+
+class NoPlaceholders(LogitsProcessor):
+    """No media follow what is generated, so no token may be written that stands for some: `ids`, on every route but the
+    base's. text_route: (batch,); scores may have several rows a sample, one behind the other.
+    """
+
+    def __init__(self, ids: list[int], text_route: torch.Tensor):
+        self.ids, self.text_route = ids, text_route
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        routes = self.text_route.to(scores.device).repeat_interleave(len(scores) // len(self.text_route))
+        ids = torch.tensor(self.ids, device=scores.device)
+        hidden = scores[:, ids].masked_fill((routes != BASE_ROUTE).unsqueeze(-1), -torch.inf)
+        return scores.index_copy(-1, ids, hidden)
 
 
 class MMERGenerationMixin(GenerationMixin):
@@ -74,6 +89,11 @@ class MMERGenerationMixin(GenerationMixin):
         kwargs["route_ids"], kwargs["text_route"] = route_ids, text_route
         # settled for all steps: one step of a mixed conversation may well have only base tokens
         kwargs["base_only"] = bool((route_ids == BASE_ROUTE).all())
+        rows = self.config.text_config.vocab_size  # placeholders behind them nobody can write anyway
+        placeholders = [token_id for token_id in self.config.placeholder_experts() if token_id < rows]
+        if placeholders and not kwargs["base_only"]:
+            given = kwargs.get("logits_processor") or []
+            kwargs["logits_processor"] = LogitsProcessorList([*given, NoPlaceholders(placeholders, text_route)])
         self._hold({*self._asked_routes, *text_route.unique().tolist()})
 
     def prepare_inputs_for_generation(

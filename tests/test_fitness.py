@@ -5,6 +5,8 @@ import textwrap
 from functools import cache
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -209,7 +211,8 @@ def test_masks_of_a_base_whose_text_sees_all():
 
 def test_a_recipe_with_such_an_expert_is_refused_before_its_weights_are_read(tmp_path):
     base = Base(str(tiny.save(tiny.base_model("qwen2"), tmp_path / "base")))
-    AutoConfig.for_model("qwen2_vl").save_pretrained(tmp_path / "expert")
+    refused_config("qwen2_vl").save_pretrained(tmp_path / "expert")
+    save_file({"none.of.its.tensors": torch.zeros(1)}, tmp_path / "expert" / "model.safetensors")
     with pytest.raises(ValueError, match=r"Qwen2VLForConditionalGeneration has rotary positions over several axes"):
         open_expert("image", ExpertRecipe(model=str(tmp_path / "expert")), base)
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import LogitsProcessor
 
 from tests.tiny_models import AUDIO, IMAGE, media, mmer_config, mmer_model, text_config
 
@@ -240,3 +241,29 @@ def test_what_does_not_fit_is_refused(model, change, message, call):
     batch = change(alone(1))
     with pytest.raises(ValueError, match=message):
         model.generate(**batch, **PLAIN) if call == "generate" else model(**batch)
+
+
+class Wants(LogitsProcessor):
+    """Each row would write this token above all others."""
+
+    def __init__(self, token):
+        self.token = token
+
+    def __call__(self, input_ids, scores):
+        scores = scores.clone()
+        scores[:, self.token] += 1e4
+        return scores
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_placeholder_is_written_by_nobody_but_the_base(beams):
+    """This base has the tokens too, and may write what it likes."""
+    model = mmer_model(mmer_config(text_config(vocab_size=72), added_tokens=[]))
+    batch = together()
+    for token in (IMAGE, AUDIO):
+        made = model.generate(**batch, **PLAIN, num_beams=beams, logits_processor=[Wants(token)])
+        new = made[:, batch["input_ids"].shape[1] :]
+        written = (new == token).sum(-1).tolist()
+        assert [count > 0 for count in written] == [not (images or audios) for _, images, audios in SAMPLES]
+        for row, (_, images, audios) in zip(new, SAMPLES, strict=True):
+            assert not images and not audios or not {IMAGE, AUDIO} & set(row.tolist())

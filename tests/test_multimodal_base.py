@@ -297,6 +297,8 @@ def test_what_a_dry_run_reads_holds_no_tower_of_the_base(case):
 
 def test_inspect_verify_add_and_remove(case, tmp_path):
     kind, folder, _, model, _ = case
+    report = json.loads((folder / "out" / "merge_report.json").read_text())
+    assert report["warnings"][0].endswith("multi_modal_projector, vision_tower of that checkpoint are left out")
     told = cli("inspect", folder / "three", "--base", folder / "base", "--every")
     assert "fits" in told and "does not fit" not in told and "of that checkpoint are left out" in told
     told = cli("inspect", folder / "out", "--base", folder / "base", "--every")
