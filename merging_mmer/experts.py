@@ -332,8 +332,9 @@ def _check_names(name: str, llm: dict[str, str], base: Base, model: Any):
             f"expert {name!r}: its language model and the base name their tensors differently. Only the base: "
             f"{listing(ours - theirs) or 'none'}; only the expert: {listing(theirs - ours) or 'none'}"
         )
+    state = model.state_dict()
     for tensor in base.names:
-        found, expected = tuple(model.state_dict()[llm[tensor]].shape), base.shapes[tensor]
+        found, expected = tuple(state[llm[tensor]].shape), base.shapes[tensor]
         if tensor not in base.vocabulary_names and found != expected:
             raise ValueError(f"expert {name!r}: {tensor} has shape {found}, the base's {expected}")
 

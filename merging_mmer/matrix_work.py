@@ -31,7 +31,7 @@ from .task_rows import FORMATS, MatrixRows, ProductRows, TaskRows, raw, rows_of_
 from .ties import METHODS, relative
 
 # entries of all arrays of a block together: small enough for a processor's cache, large enough for few calls
-BLOCK = 1 << 19
+BLOCK = 1 << 20
 _SUMS = 8  # what `kernels.measure_block` gives of a row
 _MASK, _LOW_RANK, _MERGED = range(3)
 _NO_ROWS, _NO_MATRIX = np.empty(0, np.float32), np.empty((0, 0), np.float32)

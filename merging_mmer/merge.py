@@ -22,13 +22,14 @@ from tqdm import tqdm
 from .added_rows import lay_out, read_rows, row_places
 from .decoupling import largest_rank, settle
 from .experts import Base, open_expert
+from .input_hashes import InputHashes
 from .journal import NAME as JOURNAL
 from .journal import Journal, fingerprint
 from .matrix_work import BLOCK, Job
 from .placement import PlacedFiles, Placement, Stored
 from .plan import MergePlan, Part, Planner, changed_tensors
 from .pretrained import naming
-from .ray_engine import Order, cluster, hashes_on, parts_on
+from .ray_engine import Order, cluster, parts_on
 from .recipe import Recipe
 from .report import Measurement, MergeReport, sha256
 from .repository import build_config, write_repository
@@ -78,9 +79,11 @@ def merge(
     with nullcontext() if ray is None else cluster(ray) as connected, _alone(workplace):
         put_back(workplace, out)
         try:
-            planned = _Merge(recipe, max_shard_size, trust_remote_code, threads, block, device, progress, connected)
+            opened = _Merge(recipe, max_shard_size, trust_remote_code, threads, block, device, progress, connected)
             unfinished = workplace / out.name
-            report = planned.run(unfinished, started)
+            with InputHashes(opened.files(), opened.threads, connected) as hashed:
+                opened.prepare()
+                report = opened.run(unfinished, hashed, started)
             if finish is not None:
                 finish(unfinished)
         except Exception:
@@ -100,7 +103,9 @@ def plan(
     block: int | None = None,
 ) -> MergePlan:
     """What `merge` would do, without writing anything. Raises ValueError as `merge` does."""
-    return _Merge(recipe, max_shard_size, trust_remote_code, threads, block, "cpu", False).plan
+    opened = _Merge(recipe, max_shard_size, trust_remote_code, threads, block, "cpu", False)
+    opened.prepare()
+    return opened.plan
 
 
 @contextmanager
@@ -171,6 +176,11 @@ class _Merge:
         self.base = Base(recipe.base, trust_remote_code)
         self.experts = [open_expert(name, e, self.base, trust_remote_code) for name, e in recipe.experts.items()]
         self.dtype = self._dtype(recipe)
+        self.recipe = recipe
+
+    def prepare(self):
+        """All that can be known before the values are read: the settled recipe, vocabulary, processor."""
+        recipe, trust_remote_code = self.recipe, self.trust_remote_code
         tokenizer = self.base.load_tokenizer(trust_remote_code)
         self.tokens = len(tokenizer)
         settled = settle(recipe.decoupling, self.experts, self.base, self.tokens)
@@ -211,28 +221,29 @@ class _Merge:
         of_experts = [note for expert in self.experts for note in expert.notes]
         return [*self.base.notes, *self.vocabulary.warnings, *of_experts]
 
-    def run(self, folder: Path, started: float) -> MergeReport:
+    def run(self, folder: Path, hashed: InputHashes, started: float) -> MergeReport:
         """Everything of the repository into `folder`, which may hold what a killed run of the same merge left."""
         with one_thread():  # inside a part; the parts are done side by side
-            inputs = self._hashes()
+            parts, placement = self.plan.parts, self.plan.placement
+            inputs = hashed.result()
             key = fingerprint([self.recipe.resolved(), self.shard_size, self.device], inputs)
             journal = Journal(folder.parent / JOURNAL, key)
-            journal.same = journal.same and PlacedFiles.there(folder, self.plan.placement)
+            journal.same = journal.same and PlacedFiles.there(folder, placement)
             # first of all: no journal may speak of files that are not its own
             journal.begin()
             try:
-                self._clear(folder, keep=self.plan.placement.files if journal.same else [])
+                self._clear(folder, keep=placement.files if journal.same else [])
                 with closing(self._files(folder, journal.same)) as files:
-                    self._do_parts(files, journal, inputs)
+                    self._do_parts(files, journal, hashed)
             finally:
                 journal.close()
-        self._unchanged_since()
+        hashed.check()
         measurement = self._measured(journal)
         report = self._report(measurement, inputs)
         config = build_config(
             self.recipe, self.base, self.experts, self.vocabulary,
-            [part.name.removesuffix(".weight") for part in self.plan.parts if part.kind == "matrix"],
-            [part.name for part in self.plan.parts if part.kind == "small"],
+            [part.name.removesuffix(".weight") for part in parts if part.kind == "matrix"],
+            [part.name for part in parts if part.kind == "small"],
             self.rank, self.dtype, self.added_rows[1] if self.vocabulary.added_tokens else {},
         )  # fmt: skip
         report.seconds = time.monotonic() - started
@@ -240,22 +251,9 @@ class _Merge:
         files.finish()
         return report
 
-    def _hashes(self) -> dict[str, str]:
-        """sha256 of every file that is read, by its path."""
-        files = [*self.base.files(), *(file for expert in self.experts for file in expert.files())]
-        files = list(dict.fromkeys(files))
-        self._stats = {file: _stat(file) for file in files}
-        if self.ray is not None:
-            found = hashes_on(self.ray, files)
-        else:
-            with ThreadPoolExecutor(self.threads) as pool:
-                found = list(pool.map(sha256, files))
-        return dict(zip(map(str, files), found, strict=True))
-
-    def _unchanged_since(self):
-        changed = [file for file, stat in self._stats.items() if _stat(file) != stat]
-        if changed:
-            raise ValueError(f"{changed[0]} was changed while it was being merged. Merge again")
+    def files(self) -> list[Path]:
+        """Every file that is read."""
+        return [*self.base.files(), *(file for expert in self.experts for file in expert.files())]
 
     def _clear(self, folder: Path, keep: Sequence[str]):
         folder.mkdir(parents=True, exist_ok=True)
@@ -270,7 +268,7 @@ class _Merge:
             size = self.plan.placement.total_bytes / 1e9
             raise OSError(error.errno, f"{folder.parent}: no room for the {size:.2f} GB of the merge", None) from error
 
-    def _do_parts(self, files: PlacedFiles, journal: Journal, inputs: dict[str, str]):
+    def _do_parts(self, files: PlacedFiles, journal: Journal, hashed: InputHashes):
         job = Job(
             self.recipe, self.base, self.experts, self.tokens, self.dtype, self.rank, files, block=self.block,
             added_rows=list(self.added_rows[0]) if self.vocabulary.added_tokens else [],
@@ -285,22 +283,23 @@ class _Merge:
             if _THRESHOLDS not in journal.done:
                 journal.add(_THRESHOLDS, model_thresholds(job, self.base.names, pool))
             job.thresholds = {name: (value, shares) for name, (value, shares) in journal.done[_THRESHOLDS].items()}
-            with shown, closing(self._done(job, todo, pool, inputs)) as done:
+            with shown, closing(self._done(job, todo, pool, hashed)) as done:
                 for part, numbers in done:
                     journal.add(part.name, numbers)
                     shown.update(part.reads)
 
     def _done(
-        self, job: Job, todo: Sequence[Part], pool: ThreadPoolExecutor, inputs: dict[str, str]
+        self, job: Job, todo: Sequence[Part], pool: ThreadPoolExecutor, hashed: InputHashes
     ) -> Generator[tuple[Part, Any], None, None]:
         """Each part, with its numbers, when it is done: here, or by the workers of a cluster."""
         if self.ray is not None:
             here = [part for part in todo if part.kind == "rows"]
             yield from ((part, do_part(job, part)) for part in here)
+            known = hashed.result()
             order = Order(
                 self.recipe.model_dump_json(by_alias=True), self.tokens, self.dtype, self.rank, self.block,
                 self.trust_remote_code, job.files.folder,
-                tuple((str(file), *stat, inputs[str(file)]) for file, stat in self._stats.items()),
+                tuple((str(file), *stat, known[str(file)]) for file, stat in hashed.stats.items()),
             )  # fmt: skip
             there = [part for part in todo if part.kind != "rows"]
             yield from parts_on(self.ray, order, self.plan.placement, job.thresholds, there)
@@ -357,11 +356,6 @@ def hashes(files: Sequence[Path], known: Mapping[str, str] | None = None) -> dic
         name = file.name if file.name not in found else f"{file.name} ({len(found)})"
         found[name] = sha256(file) if known is None else known[str(file)]
     return found
-
-
-def _stat(file: Path) -> tuple[int, int]:
-    stat = file.stat()
-    return stat.st_size, stat.st_mtime_ns
 
 
 def _processors() -> int:
