@@ -21,7 +21,7 @@ class Cancelled(Exception):
 
 
 class InputHashes:
-    """`stats`: file -> (size, mtime in ns) from before it was read. ray: the cluster that hashes, instead of threads."""
+    """`stats`: file -> (size, mtime in ns) before it was read. ray: the cluster that hashes, instead of threads."""
 
     def __init__(self, files: Iterable[Path], threads: int, ray: Any = None):
         self.files = list(dict.fromkeys(files))

@@ -125,17 +125,22 @@ class PlacedFiles:
     def __init__(self, folder: Path, placement: Placement, keep: bool = False, make: bool = True):
         self.folder, self.placement = folder, placement
         self._open: list[int] = []
-        for name, header, size in placement.shards():
-            path = folder / name
-            there = keep and _is_there(path, header, size)
-            if not there and not make:
-                self.close()
-                raise ValueError(f"{path} is not there as it was planned: the folder must be one that all nodes see")
-            file = os.open(path, os.O_RDWR | os.O_CREAT | (0 if there else os.O_TRUNC), 0o666)
-            self._open.append(file)
-            if not there:
-                _allocate(file, size)
-                _write_all(file, header, 0)
+        try:
+            for name, header, size in placement.shards():
+                self._take(folder / name, header, size, keep, make)
+        except BaseException:
+            self.close()
+            raise
+
+    def _take(self, path: Path, header: bytes, size: int, keep: bool, make: bool):
+        there = keep and _is_there(path, header, size)
+        if not there and not make:
+            raise ValueError(f"{path} is not there as it was planned: the folder must be one that all nodes see")
+        file = os.open(path, os.O_RDWR | os.O_CREAT | (0 if there else os.O_TRUNC), 0o666)
+        self._open.append(file)
+        if not there:
+            _allocate(file, size)
+            _write_all(file, header, 0)
 
     @staticmethod
     def there(folder: Path, placement: Placement) -> bool:

@@ -31,6 +31,7 @@ TOKENIZER_PARTS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "tokenizer.model", "chat_template.jinja",
 )  # fmt: skip
+_TEKKEN = "tekken.json"
 _USUAL = ("tokenizer.json", "tokenizer_config.json", "processor_config.json")
 PROCESSOR_PARTS = (
     "processor_config.json", "preprocessor_config.json", "image_processor_config.json",
@@ -178,6 +179,11 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False, **more: Any) -
 def load_processor(folder: Path, trust_remote_code: bool = False) -> ProcessorMixin:
     """The processor of a folder, with a tokenizer in it."""
     check_files(folder, *PROCESSOR_PARTS, *TOKENIZER_PARTS, CONFIG)
+    if (folder / _TEKKEN).is_file() and not (folder / "tokenizer.json").is_file():
+        raise ValueError(
+            f"{folder / _TEKKEN}: a tokenizer of mistral-common, expected tokenizer.json. Give a checkpoint whose "
+            "tokenizer has the form of transformers"
+        )
     with naming(processor_files(folder)):
         made = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if not isinstance(getattr(made, "tokenizer", None), PreTrainedTokenizerBase):

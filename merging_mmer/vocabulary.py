@@ -18,6 +18,7 @@ from configuration_mmer.routes_mmer import AUTO, MODALITIES
 from processing_mmer.expert_processors_mmer import ExpertProcessor, reading_tokenizer
 from processing_mmer.processing_mmer import MMERProcessor
 
+from .media_check import check_media
 from .pretrained import naming, tokenizer_files
 from .tokenization import PROBES, own_reading
 
@@ -330,7 +331,8 @@ def build_processor(
 ) -> MMERProcessor:
     """The merged model's processor: the experts' own on the merged tokenizer, each with its own template.
 
-    `earlier`: experts that come before these, as `ExpertProcessor.to_dict` has them, and their templates.
+    `earlier`: experts that come before these, as `ExpertProcessor.to_dict` has them, and their templates. Raises
+    ValueError for a processor that does not do here what it does alone (see `check_media`).
     """
     clash = set(base_chat_template if isinstance(base_chat_template, dict) else ()) & set(processors)
     if clash:
@@ -345,7 +347,10 @@ def build_processor(
         for kind, template in own_templates.items():
             key = name if kind == "default" else f"{name}.{kind}"
             templates[key] = _replace(template, renamed)
-        experts.append(_expert(name, processor, vocabulary, templates.get(name)))
+        own = _expert(name, processor, vocabulary, templates.get(name))
+        ids = {token.expert_ids[name]: token.id for token in vocabulary.added_tokens if name in token.expert_ids}
+        vocabulary.warnings += check_media(own, processor, ids, templates.get(name))
+        experts.append(own)
     return MMERProcessor(
         vocabulary.tokenizer, experts, default_experts, text_route, base_chat_template, expert_templates=templates
     )
@@ -371,8 +376,6 @@ def _expert(
         placeholders[modality] = {"token": token, "id": token_id}
         if written != token:
             placeholders[modality]["written"] = written
-        if getattr(processor, f"{modality}_token", None) is not None:
-            tokens.setdefault(f"{modality}_token", str(getattr(processor, f"{modality}_token")))
     tokens = {key: renamed.get(token, token) for key, token in tokens.items()}
     plain = {key: renamed.get(str(token), str(token)) for key, token in own.special_tokens_map.items()}
     kept = ExpertProcessor(name, processor, placeholders, tokens, plain, vocabulary.readings[name])

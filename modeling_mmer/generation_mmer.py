@@ -22,8 +22,8 @@ from .routing_mmer import RoutedWeight
 
 
 class NoPlaceholders(LogitsProcessor):
-    """No media follow what is generated, so no token may be written that stands for some: `ids`, on every route but the
-    base's. text_route: (batch,); scores may have several rows a sample, one behind the other.
+    """No media follow what is generated, so no token may be written that stands for some: `ids`, on every route but
+    the base's. text_route: (batch,); scores may have several rows a sample, one behind the other.
     """
 
     def __init__(self, ids: list[int], text_route: torch.Tensor):

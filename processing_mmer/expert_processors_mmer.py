@@ -120,12 +120,22 @@ class ExpertProcessor:
         special = values.get("special_tokens", {})
         made = cls(values["name"], processor, values["placeholders"], tokens, special, reading)
         for modality in made.modalities:
-            written = made.written(modality)
-            names = {f"{modality}_token": written, f"{modality}_token_id": tokenizer.convert_tokens_to_ids(written)}
-            for attribute, value in names.items():
-                if hasattr(processor, attribute) and not isinstance(getattr(kind, attribute, None), property):
-                    setattr(processor, attribute, value)
+            made._call_placeholder(modality, made.written(modality))
         return made
+
+    def _call_placeholder(self, modality: str, written: str):
+        """Sets the word that the processor replaces, and its id where the processor's id is that word's.
+
+        Some say one word and count another, whose id they hold (Gemma 3, Aya Vision).
+        """
+        processor, tokenizer = self.processor, self.processor.tokenizer
+        before, place = getattr(processor, f"{modality}_token", None), getattr(processor, f"{modality}_token_id", None)
+        names = {f"{modality}_token": written}
+        if before is None or place in (None, tokenizer.convert_tokens_to_ids(before)):
+            names[f"{modality}_token_id"] = tokenizer.convert_tokens_to_ids(written)
+        for attribute, value in names.items():
+            if hasattr(processor, attribute) and not isinstance(getattr(type(processor), attribute, None), property):
+                setattr(processor, attribute, value)
 
     @property
     def modalities(self) -> list[str]:
@@ -155,6 +165,21 @@ class ExpertProcessor:
         samples = getattr(own, "n_samples", longest and longest.default)
         return samples if isinstance(samples, int) else None
 
+    @property
+    def takes_pages(self) -> bool:
+        """A list of images among its images is one document of several pages (GOT-OCR2)."""
+        return hasattr(self.processor, "multi_page")
+
+    def nests_images(self, nested: bool = False) -> bool:
+        """Whether each image must come in a list of its own, for a text of its own. `nested`: the caller gave lists.
+
+        A processor with a call of its own, or one that arranges images itself (SmolVLM), may take a flat list for the
+        images of one text.
+        """
+        generic = type(self.processor).__call__ is ProcessorMixin.__call__
+        arranges = type(self.processor).prepare_inputs_layout is not ProcessorMixin.prepare_inputs_layout
+        return not self.takes_pages and (not generic or (arranges and not nested))
+
     def encode(
         self, modality: str, groups: list[list[Any]], nested: bool, settings: dict[str, Any]
     ) -> tuple[dict[str, Any], list[str]]:
@@ -169,9 +194,9 @@ class ExpertProcessor:
         written = self.written(modality)
         media: list[Any] = items
         texts = [written] * len(items)
-        if modality == "image" and not generic:
+        if modality == "image" and self.nests_images(nested):
             media = [[item] for item in items]
-        elif modality == "image" and nested:
+        elif modality == "image" and nested and not self.takes_pages:
             media = [group for group in groups if group]
             texts = [written * len(group) for group in media]
         extra: dict[str, Any] = {"return_text_replacement_offsets": True} if generic else {}

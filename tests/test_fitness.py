@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from merging_mmer import forward_source

@@ -106,6 +106,21 @@ def test_what_was_forgotten_is_what_was_measured():
         assert f"{line}{row['retention']:.1%} | {row['agreement']:.1%} |" in section("What is forgotten")
 
 
+def test_how_fast_a_merge_is_is_what_was_measured():
+    rows = json.loads((RESULTS / "merge_speed.json").read_text())["rows"]
+    rows = {(row["tool"], row["density"], row["rank"]): row for row in rows if row["experts"] == 3}
+    shown = re.findall(r"^\| (.*?) \| (.*?) \| (.*?) \|$", section("How fast"), re.MULTILINE)[1:]
+    lines = {what: (seconds, ratio) for what, seconds, ratio in shown if "---" not in what}
+    ways = {"copy": "a plain copy of base and experts", "mergekit": "mergekit 0.1.5, `ties --lazy-unpickle`, no masks"}
+    for (tool, density, rank), row in rows.items():
+        if tool not in ("copy", "ours", "mergekit"):
+            continue
+        what = ways.get(tool, "`mmer merge`, masks and row scales" + f" and corrections of rank {rank}" * bool(rank))
+        what += "" if density is None else f", density {density:g}"
+        assert lines[what] == (f"{row['seconds']:.1f}", f"{row['over_copy'][0]:.1f}"), what
+    assert len(lines) == 7
+
+
 def test_the_classes_that_fit_and_that_do_not_are_those_that_are_tested():
     fits, misfits = section("Merge your own").split("What does not fit")
     listed = {

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlamaTokenizer, LlavaConfig, LlavaProcessor, PreTrainedTokenizer, PreTrainedTokenizerFast
 
+from merging_mmer.pretrained import load_processor
 from merging_mmer.tokenization import PROBES, own_reading
 from merging_mmer.vocabulary import build_processor, merge_vocabulary
 from processing_mmer import MMERProcessor
@@ -247,3 +248,9 @@ def test_tokenizers_in_python_are_compared_by_what_they_do():
     assert reading == {} and "the base's way is taken" in warnings[0]
     with pytest.raises(ValueError, match="Letters has no tokenizer.json"):
         reading_tokenizer(Letters(), {"normalizer": None})
+
+
+def test_a_tokenizer_of_mistral_common_alone_is_refused_by_name(tmp_path):
+    (tmp_path / "tekken.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tekken.json: a tokenizer of mistral-common, expected tokenizer.json"):
+        load_processor(tmp_path)
