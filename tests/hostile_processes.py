@@ -1,13 +1,15 @@
 """Hostile inputs given to `mmer merge` as a process of its own, and the table of all outcomes."""
 
+import atexit
+import json
 import os
 import shutil
 import subprocess
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import IO
 
 import yaml
 
@@ -15,6 +17,8 @@ from mmer import app
 
 from .hostile_inputs import Input, World, prepare, tree
 from .hostile_weights import ANY, OTHER, REFUSED, SAME
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def table(counts: Mapping[tuple[str, str], int]) -> str:
@@ -29,7 +33,7 @@ def table(counts: Mapping[tuple[str, str], int]) -> str:
 
 
 def run_process(world: World, given: Input, work: Path, command: Sequence[str] = ()) -> str:
-    """As `run`, by `mmer merge` in a process of its own: a fork of this one, or `command` if it is given.
+    """As `run`, by `mmer merge` in a process of its own: a forked one, or `command` if it is given.
 
     REFUSED is exit status 1 with a message on stderr that names the file, without a traceback; OTHER is status 0.
     """
@@ -44,7 +48,7 @@ def run_process(world: World, given: Input, work: Path, command: Sequence[str] =
             process = subprocess.Popen([*command, *arguments], stdout=file, stderr=file)
             status = process.wait(120)
         else:
-            status = os.waitstatus_to_exitcode(os.waitpid(_forked(arguments, file), 0)[1])
+            status = _forked(arguments, said)
     text = said.read_text(errors="replace")
     plain, name = "".join(text.split()), given.place.rpartition("/")[2]
     outcome = {0: OTHER, 1: REFUSED}.get(status, f"exit status {status}: {text[-300:]}")
@@ -66,12 +70,42 @@ def run_process(world: World, given: Input, work: Path, command: Sequence[str] =
     return f"{outcome}, expected {sorted(given.right)}" if wrong else outcome
 
 
-def _forked(arguments: Sequence[str], file: IO[str]) -> int:
-    """The number of a child that runs the command line, without the seconds that importing takes."""
-    child = os.fork()
-    if child:
-        return child
+def _forked(arguments: Sequence[str], place: Path) -> int:
+    """The exit status of a child that runs the command line, without the seconds that importing takes.
+
+    It is forked by a process that has imported everything and done nothing: here libraries have threads, whose locks a
+    child would wait for without end.
+    """
+    server = _server()
+    assert server.stdin is not None and server.stdout is not None
+    server.stdin.write(json.dumps({"arguments": list(arguments), "said": str(place)}) + "\n")
+    server.stdin.flush()
+    return int(server.stdout.readline())
+
+
+@cache
+def _server() -> subprocess.Popen[str]:
+    started = subprocess.Popen(
+        [sys.executable, "-m", "tests.hostile_processes"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    atexit.register(started.kill)
+    return started
+
+
+def serve():
+    """Read an order a line, fork a process that carries it out, write its exit status."""
+    for line in sys.stdin:
+        order = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            _carry_out(order["arguments"], order["said"])
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+def _carry_out(arguments: Sequence[str], said: str):
     status = 70
+    file = open(said, "w")  # noqa: SIM115 - it lives as long as the process
     try:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -85,3 +119,7 @@ def _forked(arguments: Sequence[str], file: IO[str]) -> int:
     finally:
         file.flush()
         os._exit(status)
+
+
+if __name__ == "__main__":
+    serve()
