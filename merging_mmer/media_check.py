@@ -110,7 +110,7 @@ def _original(
         made = original(
             text=[text],
             return_tensors="pt",
-            text_kwargs={"padding": True, "add_special_tokens": False},
+            text_kwargs={"padding": False, "add_special_tokens": False},  # the tokenizers of Vicuna have no such token
             **{ARGUMENTS[modality]: media},
             **given,
         )
