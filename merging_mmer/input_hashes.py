@@ -4,7 +4,6 @@ Enters: the files of base and experts. Leaves: path -> sha256, by threads that s
 hashed is what was read, or `check` says which file was changed in between.
 """
 
-import hashlib
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -12,8 +11,7 @@ from threading import Event
 from typing import Any
 
 from .ray_engine import hashes_on
-
-_BLOCK = 1 << 22
+from .report import sha256
 
 
 class Cancelled(Exception):
@@ -32,7 +30,7 @@ class InputHashes:
         self._known: dict[str, str] | None = None
         if ray is None:
             largest = sorted(self.files, key=lambda file: -self.stats[file][0])
-            self._running = {file: self._pool.submit(self._hash, file) for file in largest}
+            self._running = {file: self._pool.submit(sha256, file, self._go_on) for file in largest}
 
     def __enter__(self) -> "InputHashes":
         return self
@@ -41,14 +39,9 @@ class InputHashes:
         self._stop.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _hash(self, file: Path) -> str:
-        digest = hashlib.sha256()
-        with file.open("rb") as opened:
-            while block := opened.read(_BLOCK):
-                if self._stop.is_set():
-                    raise Cancelled
-                digest.update(block)
-        return digest.hexdigest()
+    def _go_on(self):
+        if self._stop.is_set():
+            raise Cancelled
 
     def result(self) -> dict[str, str]:
         """sha256 by path, when all are found."""

@@ -24,9 +24,14 @@ def row_blocks(tensor: torch.Tensor) -> Iterator[slice]:
     if tensor.ndim < 2 or not len(tensor):
         yield slice(None)
         return
-    rows = max(1, _BLOCK // max(1, tensor[0].numel()))
-    for first in range(0, len(tensor), rows):
-        yield slice(first, first + rows)
+    yield from rows_of_blocks(len(tensor), tensor[0].numel(), _BLOCK)
+
+
+def rows_of_blocks(rows: int, columns: int, entries: int) -> Iterator[slice]:
+    """Slices of the rows with about `entries` entries each."""
+    step = max(1, entries // max(1, columns))
+    for first in range(0, rows, step):
+        yield slice(first, min(rows, first + step))
 
 
 def merge_rows(

@@ -22,18 +22,18 @@ from . import kernels
 from .decoupling import exact_factors
 from .experts import Base, Expert
 from .masks import correct
+from .matrices import rows_of_blocks
 from .naming import stored_name
 from .placement import PlacedFiles
 from .recipe import Recipe
 from .report import Measurement, Sums, tensor_kind
 from .selection import threshold_of
-from .task_rows import FORMATS, MatrixRows, ProductRows, TaskRows, raw, rows_of_blocks
+from .task_rows import FORMATS, MatrixRows, ProductRows, TaskRows, raw
 from .ties import METHODS, relative
 
 # entries of all arrays of a block together: small enough for a processor's cache, large enough for few calls
 BLOCK = 1 << 20
 _SUMS = 8  # what `kernels.measure_block` gives of a row
-_MASK, _LOW_RANK, _MERGED = range(3)
 _NO_ROWS, _NO_MATRIX = np.empty(0, np.float32), np.empty((0, 0), np.float32)
 _NO_BITS = np.empty((0, 0), np.uint8)
 
@@ -79,6 +79,9 @@ class MatrixWork:
         count, self.width = len(job.experts), -(-self.columns // 8)
         self.sums = [np.zeros((self.rows, _SUMS)) for _ in range(count)]
         self.fits = [np.zeros((self.rows, 2)) for _ in range(count)]
+        # s as it is stored, one for each row, also where it is one for the tensor; none without scales
+        self.scales = [np.empty(0 if self.scale == "none" else self.rows, np.float32) for _ in range(count)]
+        self.entries = job.block // (count + 2)
         self.conflicts = np.zeros((self.rows, 2), np.int64)
         self.energy = np.zeros(self.rows)
         self.stored_bits = [0] * count
@@ -91,7 +94,7 @@ class MatrixWork:
         return np.float32 if self.format == kernels.FP32 else np.uint16
 
     def blocks(self) -> Iterator[slice]:
-        for rows in rows_of_blocks(self.rows, self.columns, self.job.block // (len(self.taus) + 2)):
+        for rows in rows_of_blocks(self.rows, self.columns, self.entries):
             if self.job.stop.is_set():
                 raise Stopped(self.name)
             yield rows
@@ -128,7 +131,7 @@ class MatrixWork:
 
     @cached_property
     def _room(self) -> np.ndarray:
-        rows = next(rows_of_blocks(self.rows, self.columns, self.job.block // (len(self.taus) + 2)))
+        rows = next(rows_of_blocks(self.rows, self.columns, self.entries))
         return np.empty((len(self.taus) + 2) * (rows.stop - rows.start) * self.columns, np.float32)
 
     def _arrays(self, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -156,48 +159,39 @@ class MatrixWork:
             elif self.kind == "exact":
                 low_rank = np.zeros((size, self.columns), np.float32)
                 self.products[i].into(rows, low_rank)
-                self.measure(i, rows, tau, theta_0, merged, _NO_BITS, low_rank, _LOW_RANK)
+                self.measure(i, rows, tau, theta_0, merged, _NO_BITS, low_rank, kernels.LOW_RANK)
             else:
-                self.measure(i, rows, tau, theta_0, merged, _NO_BITS, _NO_MATRIX, _MERGED)
+                self.measure(i, rows, tau, theta_0, merged, _NO_BITS, _NO_MATRIX, kernels.STATIC)
 
     def mask(self, i: int, rows: slice, tau: np.ndarray, merged: np.ndarray, theta_0: np.ndarray):
         name = self.job.experts[i].name
         packed = self.bits[i][rows] if self.late else np.empty((rows.stop - rows.start, self.width), np.uint8)
         kernels.mask_block(tau, merged, self.recipe.lam(name), packed, self.fits[i][rows])
         self.job.files.write(f"{self.prefix}.masks", packed, (i * self.rows + rows.start) * self.width)
+        if self.scale == "row":
+            self.scales[i][rows] = self._fit(*self.fits[i][rows].T)
         if not self.late:
-            self.measure(i, rows, tau, theta_0, merged, packed, _NO_MATRIX, _MASK)
+            self.measure(i, rows, tau, theta_0, merged, packed, _NO_MATRIX, kernels.MASKED)
 
     def measure(self, i, rows, tau, theta_0, merged, packed, low_rank, kind):
-        scale = self.scales(i, rows) if kind == _MASK else _NO_ROWS
+        scale = self.scales[i][rows] if kind == kernels.MASKED else _NO_ROWS
         kernels.measure_block(
             tau, theta_0, merged, packed, scale, low_rank, self.format, kind, self.sums[i][rows]
         )  # fmt: skip
 
     # scales
 
-    def scales(self, i: int, rows: slice) -> np.ndarray:
-        """s of some rows, as it is stored; none where there are no scales."""
-        if self.scale == "none":
-            return _NO_ROWS
-        if self.scale == "tensor":
-            return np.repeat(self._tensor_scale(i), rows.stop - rows.start)
-        return self._rounded(_fit(self.fits[i][rows, 0], self.fits[i][rows, 1])).float().numpy()
-
-    def _tensor_scale(self, i: int) -> np.ndarray:
-        # fsum: exact, so that no order of summation can show
-        above, below = (np.array([math.fsum(self.fits[i][:, k])]) for k in range(2))
-        return self._rounded(_fit(above, below)).float().numpy()
-
-    def _rounded(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values).to(self.job.dtype)
+    def _fit(self, above: np.ndarray, below: np.ndarray) -> np.ndarray:
+        """The least-squares factors, 1 where there is nothing to fit, rounded as they are stored."""
+        fitted = np.where(below > 0, above / np.where(below > 0, below, 1.0), 1.0).astype(np.float32)
+        return torch.from_numpy(fitted).to(self.job.dtype).float().numpy()
 
     def finish_scale(self, i: int):
         self.stored_bits[i] += 8 * self.rows * self.width
-        if self.scale == "none":
-            return
-        stored = torch.from_numpy(self.scales(i, slice(0, self.rows if self.scale == "row" else 1)))
-        self._write_part("scales", i, stored)
+        if self.scale == "tensor":  # fsum: exact, so that no order of summation can show
+            self.scales[i][:] = self._fit(*(np.array([math.fsum(sums)]) for sums in self.fits[i].T))
+        if self.scale != "none":
+            self._write_part("scales", i, torch.from_numpy(self.scales[i][: self.rows if self.scale == "row" else 1]))
 
     def _write_part(self, part: str, i: int, tensor: torch.Tensor):
         tensor = tensor.to(self.job.dtype).contiguous()
@@ -208,43 +202,43 @@ class MatrixWork:
     # passes 2 and 3
 
     def finish(self, i: int):
-        product = None if self.rank == 0 else ProductRows(*self.correction(i))
-        for rows, tau, merged, theta_0 in self._again(i):
-            low_rank = _NO_MATRIX
+        product = None if self.rank == 0 else self._write_product(i, *self.correction(i))
+        for rows, tau, merged in self._again(i):
+            theta_0, low_rank = self._arrays(len(tau))[1], _NO_MATRIX
+            self.base.into(rows, theta_0)
             if product is not None:
                 low_rank = np.empty_like(tau)
                 product.into(rows, low_rank)
-            self.measure(i, rows, tau, theta_0, merged, self.bits[i][rows], low_rank, _MASK)
+            self.measure(i, rows, tau, theta_0, merged, self.bits[i][rows], low_rank, kernels.MASKED)
 
     def correction(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, A) of the residual as they are stored, written."""
+        """(B, A) of the residual."""
         residual = np.empty((self.rows, self.columns), np.float32)
-        for rows, tau, merged, _ in self._again(i):
-            kernels.residual_block(tau, merged, self.bits[i][rows], self.scales(i, rows), residual[rows])
-        b, a = correct(torch.from_numpy(residual), self.rank)
+        for rows, tau, merged in self._again(i):
+            kernels.residual_block(tau, merged, self.bits[i][rows], self.scales[i][rows], residual[rows])
+        return correct(torch.from_numpy(residual), self.rank)
+
+    def _again(self, i: int) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+        """(rows, τ of one expert, τ* as it is stored), block by block."""
+        for rows in self.blocks():
+            taus, _, merged = self._arrays(rows.stop - rows.start)
+            self.taus[i].into(rows, taus[0])
+            kernels.widen(self.merged_raw[rows], self.format, merged)
+            yield rows, taus[0], merged
+
+    def _write_product(self, i: int, b: torch.Tensor, a: torch.Tensor) -> ProductRows:
+        """B·A of the factors as they are stored."""
         b, a = b.to(self.job.dtype), a.to(self.job.dtype)
         self._write_part("correction_a", i, a)
         self._write_part("correction_b", i, b)
-        return b, a
-
-    def _again(self, i: int) -> Iterator[tuple[slice, np.ndarray, np.ndarray, np.ndarray]]:
-        """(rows, τ of one expert, τ* as it is stored, θ₀), block by block."""
-        for rows in self.blocks():
-            taus, theta_0, merged = self._arrays(rows.stop - rows.start)
-            self.taus[i].into(rows, taus[0])
-            self.base.into(rows, theta_0)
-            kernels.widen(self.merged_raw[rows], self.format, merged)
-            yield rows, taus[0], merged, theta_0
+        return ProductRows(b, a)
 
     def _exact_products(self) -> list[ProductRows]:
-        """kind exact: each expert's own LoRA, written as it is stored."""
+        """kind exact: each expert's own LoRA."""
         made, rank = [], min(self.job.rank, self.rows, self.columns)
         for i, (expert, tau) in enumerate(zip(self.job.experts, self.taus, strict=True)):
-            b, a = exact_factors(expert, self.name, self.theta_0, rank, self.job.tokens, tau.dense_changes())
-            b, a = b.to(self.job.dtype), a.to(self.job.dtype)
-            self._write_part("correction_a", i, a)
-            self._write_part("correction_b", i, b)
-            made.append(ProductRows(b, a))
+            factors = exact_factors(expert, self.name, self.theta_0, rank, self.job.tokens, tau.dense_changes())
+            made.append(self._write_product(i, *factors))
         return made
 
     # the report
@@ -264,8 +258,3 @@ class MatrixWork:
             distance.tau, distance.theta_0, distance.product = tau, energy, product
             made.bits[expert] = self.stored_bits[i]
         return made
-
-
-def _fit(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """The least-squares factor, 1 where there is nothing to fit; fp32."""
-    return np.where(below > 0, above / np.where(below > 0, below, 1.0), 1.0).astype(np.float32)

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 
 from .checkpoints import SAVED_DTYPES
-from .shards import size_in_bytes
+from .shards import INDEX, shard_names, size_in_bytes, write_index
 
-INDEX = "model.safetensors.index.json"
 _SAVED_NAMES = {dtype: name for name, dtype in SAVED_DTYPES.items()}
 
 
@@ -54,10 +53,7 @@ class Placement:
             twice = next(name for name in names if names.count(name) > 1)
             raise ValueError(f"the tensor {twice!r} is to be written twice")
         shards = _in_shards(tensors, size_in_bytes(max_shard_size))
-        count = len(shards)
-        self.files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-        if count == 1:
-            self.files = ["model.safetensors"]
+        self.files = shard_names(len(shards))
         self.places: dict[str, Place] = {}
         self.headers: list[bytes] = []
         self.sizes: list[int] = []
@@ -73,12 +69,6 @@ class Placement:
     def shards(self) -> Iterator[tuple[str, bytes, int]]:
         """(name, header, size in bytes) of each file."""
         return zip(self.files, self.headers, self.sizes, strict=True)
-
-    def index(self) -> dict[str, Any]:
-        """What model.safetensors.index.json holds."""
-        weight_map = {name: self.files[place.file] for name, place in self.places.items()}
-        metadata = {"total_size": self.total_bytes, "total_parameters": self.total_parameters}
-        return {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
 
 
 def _in_shards(tensors: Iterable[Stored], limit: int) -> list[list[Stored]]:
@@ -179,9 +169,9 @@ class PlacedFiles:
         self.close()
         written = [self.folder / name for name in self.placement.files]
         if len(written) > 1:
-            path = self.folder / INDEX
-            path.write_text(json.dumps(self.placement.index(), indent=2) + "\n", encoding="utf-8")
-            written.append(path)
+            plan = self.placement
+            places = {name: place.file for name, place in plan.places.items()}
+            written.append(write_index(self.folder, places, plan.files, plan.total_bytes, plan.total_parameters))
         return written
 
 

@@ -55,9 +55,6 @@ class MergePlan:
         """Bytes that the workers hold at once, at most: the largest parts together."""
         return sum(sorted((part.peak for part in self.parts), reverse=True)[: self.threads])
 
-    def count(self, kind: Kind) -> int:
-        return sum(part.kind == kind for part in self.parts)
-
 
 def changed_tensors(base: Base, experts: Sequence[Expert], tokens: int, threads: int) -> set[str]:
     """The tensors of the LLM that some expert changed."""

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -250,9 +250,11 @@ def _sums(shares: dict[str, Any], masked: int) -> Sums:
     )
 
 
-def sha256(path: Path) -> str:
+def sha256(path: Path, before: Callable[[], object] = bool) -> str:
+    """`before` is called before each block, and may raise to end it."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 22):
+            before()
             digest.update(block)
     return digest.hexdigest()

@@ -6,11 +6,13 @@ model.safetensors.index.json. Invariant: what is written depends on the names, t
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
+INDEX = "model.safetensors.index.json"
 _UNITS = {
     "": 1,
     "KB": 10**3,
@@ -31,6 +33,28 @@ def size_in_bytes(size: str | int) -> int:
     if match is None or unit not in _UNITS or float(match[1]) * _UNITS[unit] < 1:
         raise ValueError(f"max_shard_size is {size!r}, expected a size such as '2GB', '500MB' or '1GiB'")
     return int(float(match[1]) * _UNITS[unit])
+
+
+def shard_names(count: int) -> list[str]:
+    """The names that transformers gives to so many weight files."""
+    return (
+        ["model.safetensors"]
+        if count == 1
+        else [f"model-{k + 1:05d}-of-{count:05d}.safetensors" for k in range(count)]
+    )
+
+
+def write_index(
+    folder: Path, places: Mapping[str, int], names: Sequence[str], total_bytes: int, total_parameters: int
+) -> Path:
+    """model.safetensors.index.json. `places`: tensor -> the number of its file in `names`."""
+    index = {
+        "metadata": {"total_size": total_bytes, "total_parameters": total_parameters},
+        "weight_map": {name: names[shard] for name, shard in sorted(places.items())},
+    }
+    path = folder / INDEX
+    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return path
 
 
 class ShardWriter:
@@ -72,16 +96,10 @@ class ShardWriter:
         """Write what is left, give the shards their final names, and write the index when there are several."""
         if self._pending or not self._shards:
             self._flush()
-        names = [f"model-{k + 1:05d}-of-{self._shards:05d}.safetensors" for k in range(self._shards)]
-        if self._shards == 1:
-            names = ["model.safetensors"]
+        names = shard_names(self._shards)
         for shard, name in enumerate(names):
             self._partial(shard).rename(self.folder / name)
-        if self._shards > 1:
-            index = {
-                "metadata": {"total_size": self.total_bytes, "total_parameters": self.total_parameters},
-                "weight_map": {name: names[shard] for name, shard in sorted(self.places.items())},
-            }
-            text = json.dumps(index, indent=2) + "\n"
-            (self.folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-        return [self.folder / name for name in names]
+        written = [self.folder / name for name in names]
+        if len(names) > 1:
+            write_index(self.folder, self.places, names, self.total_bytes, self.total_parameters)
+        return written

@@ -12,6 +12,7 @@ import torch
 
 from . import kernels
 from .experts import Expert
+from .matrices import rows_of_blocks
 from .task_vectors import check_vocabulary, task_vector
 
 FORMATS = {torch.bfloat16: kernels.BF16, torch.float16: kernels.FP16, torch.float32: kernels.FP32}
@@ -40,13 +41,6 @@ class MatrixRows:
             out[:] = self._tensor[rows].float().numpy()
         else:
             kernels.widen(self._raw[rows], self._format, out)
-
-
-def rows_of_blocks(rows: int, columns: int, entries: int) -> Iterator[slice]:
-    """Slices of the rows with about `entries` entries each."""
-    step = max(1, entries // max(1, columns))
-    for first in range(0, rows, step):
-        yield slice(first, min(rows, first + step))
 
 
 class ProductRows:

@@ -15,9 +15,10 @@ import torch
 
 from . import kernels
 from .experts import Expert
+from .matrices import rows_of_blocks
 from .matrix_work import Job
 from .selection import Lower, Upper, blocks_of, shares_of_ties
-from .task_rows import TaskRows, rows_of_blocks
+from .task_rows import TaskRows
 
 T = TypeVar("T")
 

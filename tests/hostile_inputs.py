@@ -195,6 +195,14 @@ def run(world: World, given: Input, work: Path) -> str:
         outcome = _other(recipe, out, given.level, found)
     if out.exists() and found is None:
         outcome = f"an output was left ({outcome})"
+    outcome = cleared(world, work, out, before, outcome)
+    if outcome in ANY and outcome not in given.right:
+        return f"{outcome}, expected {sorted(given.right)}"
+    return outcome
+
+
+def cleared(world: World, work: Path, out: Path, before: set[str], outcome: str) -> str:
+    """The outcome, or what is worse: strays in the working folder, or code that was run. The folder is gone then."""
     shutil.rmtree(out, ignore_errors=True)
     if strays := tree(work) ^ before:
         outcome = f"left behind or taken away: {sorted(strays)} ({outcome})"
@@ -202,8 +210,6 @@ def run(world: World, given: Input, work: Path) -> str:
         world.flag.unlink()
         outcome = "CODE WAS RUN"
     shutil.rmtree(work)
-    if outcome in ANY and outcome not in given.right:
-        return f"{outcome}, expected {sorted(given.right)}"
     return outcome
 
 

@@ -3,7 +3,6 @@
 import atexit
 import json
 import os
-import shutil
 import subprocess
 import sys
 import traceback
@@ -15,7 +14,7 @@ import yaml
 
 from mmer import app
 
-from .hostile_inputs import Input, World, prepare, tree
+from .hostile_inputs import Input, World, cleared, prepare, tree
 from .hostile_weights import ANY, OTHER, REFUSED, SAME
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,13 +57,7 @@ def run_process(world: World, given: Input, work: Path, command: Sequence[str] =
         outcome = f"the message does not name {name}: {text[-300:]}"
     if out.exists() != (status == 0):
         outcome = f"an output was left ({outcome})"
-    shutil.rmtree(out, ignore_errors=True)
-    if strays := tree(work) ^ before:
-        outcome = f"left behind or taken away: {sorted(strays)} ({outcome})"
-    if world.flag.exists():
-        world.flag.unlink()
-        outcome = "CODE WAS RUN"
-    shutil.rmtree(work)
+    outcome = cleared(world, work, out, before, outcome)
     said.unlink()
     wrong = outcome in ANY and outcome not in given.right and not (outcome == OTHER and SAME in given.right)
     return f"{outcome}, expected {sorted(given.right)}" if wrong else outcome

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from merging_mmer import workers
 from merging_mmer.experts import Base, open_expert
+from merging_mmer.matrices import rows_of_blocks
 from merging_mmer.recipe import ExpertRecipe
 from merging_mmer.selection import shares_of_ties, threshold_of
-from merging_mmer.task_rows import ProductRows, TaskRows, rows_of_blocks
+from merging_mmer.task_rows import ProductRows, TaskRows
 from merging_mmer.tensor_work import TensorWork
 
 from . import tiny_checkpoints as tiny
