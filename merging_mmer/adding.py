@@ -45,6 +45,7 @@ from .naming import HEAD, stored_name
 from .recipe import ExpertRecipe, expert_recipes
 from .report import Measurement, MergeReport, count_copy, count_unchanged, starved, tensor_kind
 from .repository import expert_entry
+from .selection import model_threshold
 from .shards import ShardWriter, size_in_bytes
 from .source_checks import same_bits
 from .stored import (
@@ -60,7 +61,6 @@ from .stored import (
     target_of,
 )
 from .task_vectors import task_vector
-from .ties import model_threshold
 from .vocabulary import build_processor, merge_vocabulary
 
 

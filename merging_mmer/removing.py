@@ -35,6 +35,7 @@ from .folder_checks import MergedFolder
 from .matrices import merged_vector, row_blocks
 from .naming import stored_name
 from .report import MergeReport
+from .selection import model_threshold
 from .shards import ShardWriter, size_in_bytes
 from .stored import (
     OWN_PARTS,
@@ -50,7 +51,6 @@ from .stored import (
     target_of,
 )
 from .task_vectors import task_vector
-from .ties import model_threshold
 
 _ROWS = ("model.added_embeddings.weight", "added_head.weight")
 

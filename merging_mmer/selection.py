@@ -6,7 +6,7 @@ two counts the lower 16 bits inside the bin where the k-th entry lies. Invariant
 above the threshold or among the kept ones, whatever the blocks and threads.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from . import kernels
-from .ties import LOW_BITS, from_the_top, kept_count
+from .ties import kept_count
 
-_UPPER = 1 << 15
+_UPPER, _LOW_BITS = 1 << 15, 16
 
 
 class Rows(Protocol):
@@ -51,7 +51,7 @@ class Upper:
 
     def bin(self, density: float) -> tuple[int, int]:
         """(the bin of the k-th entry, how many of the bin's entries are kept)."""
-        return from_the_top(torch.from_numpy(self.counts), kept_count(int(self.counts.sum()), density))
+        return _from_the_top(self.counts, kept_count(int(self.counts.sum()), density))
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Lower:
     """Pass two, inside one bin."""
 
     bin: int
-    counts: np.ndarray = field(default_factory=lambda: np.zeros(1 << LOW_BITS, np.int64))
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(1 << _LOW_BITS, np.int64))
 
     def count(self, blocks: Iterable[np.ndarray]) -> "Lower":
         room = np.empty(0, np.uint16)
@@ -72,8 +72,8 @@ class Lower:
 
     def threshold(self, needed: int) -> tuple[float, int]:
         """(threshold, how many entries equal to it are kept)."""
-        low, ties = from_the_top(torch.from_numpy(self.counts), needed)
-        bits = np.array([self.bin << LOW_BITS | low], np.int32)
+        low, ties = _from_the_top(self.counts, needed)
+        bits = np.array([self.bin << _LOW_BITS | low], np.int32)
         return float(bits.view(np.float32)[0]), ties
 
 
@@ -84,6 +84,27 @@ def threshold_of(tau: Rows, blocks: Iterable[slice], density: float) -> tuple[fl
     blocks = list(blocks)
     bin_, needed = Upper().count(blocks_of(tau, blocks)).bin(density)
     return Lower(bin_).count(blocks_of(tau, blocks)).threshold(needed)
+
+
+def model_threshold(taus: Callable[[], Iterable[torch.Tensor]], density: float) -> tuple[float, int]:
+    """(threshold, ties) for `trim_at` that keep exactly ⌈density · n⌉ entries of all tensors that `taus()` gives.
+
+    It is asked twice; one tensor is held at a time.
+    """
+
+    def rows() -> Iterator[np.ndarray]:
+        return (tau.float().contiguous().reshape(1, -1).numpy() for tau in taus())
+
+    bin_, needed = Upper().count(rows()).bin(density)
+    return Lower(bin_).count(rows()).threshold(needed)
+
+
+def _from_the_top(histogram: np.ndarray, wanted: int) -> tuple[int, int]:
+    """The bin that holds the `wanted`-th entry from above, and how many of its entries are wanted."""
+    above = np.cumsum(histogram[::-1])
+    place = int(np.searchsorted(above, wanted))
+    before = int(above[place - 1]) if place else 0
+    return len(histogram) - 1 - place, wanted - before
 
 
 def shares_of_ties(equal: Iterable[int], ties: int) -> list[int]:

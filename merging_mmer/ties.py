@@ -6,14 +6,12 @@ threads, and one expert at density 1 comes back unchanged.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 
 import torch
 
 METHODS = ("ties", "task_arithmetic", "emr")
-
-LOW_BITS = 16
 
 
 def kept_count(entries: int, density: float) -> int:
@@ -43,39 +41,6 @@ def trim_at(tau: torch.Tensor, threshold: float, ties: int) -> tuple[torch.Tenso
     equal = torch.nonzero(magnitude.flatten() == threshold).flatten()[:ties]
     keep.view(-1)[equal] = True
     return torch.where(keep, tau, 0.0), len(equal)
-
-
-def model_threshold(taus: Callable[[], Iterable[torch.Tensor]], density: float) -> tuple[float, int]:
-    """(threshold, ties) for `trim_at` that keep exactly ⌈density · n⌉ entries of all tensors that `taus()` gives.
-
-    The exact k-th magnitude in two passes, without ever holding more than one tensor: a histogram of the upper 16
-    bits of |τ| as fp32 (ordered as integers are), then one of the lower 16 bits inside the bin where the k-th entry
-    lies.
-    """
-    upper = torch.zeros(1 << 15, dtype=torch.int64)
-    for tau in taus():
-        upper += torch.bincount(_bits(tau) >> LOW_BITS, minlength=len(upper))
-    kept = kept_count(int(upper.sum()), density)
-    bin_, needed = from_the_top(upper, kept)
-    lower = torch.zeros(1 << LOW_BITS, dtype=torch.int64)
-    for tau in taus():
-        bits = _bits(tau)
-        lower += torch.bincount(bits[bits >> LOW_BITS == bin_] & ((1 << LOW_BITS) - 1), minlength=len(lower))
-    low, ties = from_the_top(lower, needed)
-    threshold = torch.tensor((bin_ << LOW_BITS) | low, dtype=torch.int32).view(torch.float32).item()
-    return threshold, ties
-
-
-def _bits(tau: torch.Tensor) -> torch.Tensor:
-    return tau.float().abs().flatten().contiguous().view(torch.int32).cpu()
-
-
-def from_the_top(histogram: torch.Tensor, wanted: int) -> tuple[int, int]:
-    """The bin that holds the `wanted`-th entry from above, and how many of its entries are wanted."""
-    above = histogram.flip(0).cumsum(0)
-    place = int(torch.searchsorted(above, wanted))
-    before = int(above[place - 1]) if place else 0
-    return len(histogram) - 1 - place, wanted - before
 
 
 def elect(taus: Sequence[torch.Tensor], weights: Sequence[float] | None = None) -> torch.Tensor:

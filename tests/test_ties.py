@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from merging_mmer.selection import model_threshold
 from merging_mmer.task_vectors import task_vector, vocabulary_task_vector
 from merging_mmer.ties import (
     METHODS,
@@ -15,7 +16,6 @@ from merging_mmer.ties import (
     emr,
     kept_count,
     merge_vectors,
-    model_threshold,
     task_arithmetic,
     trim,
     trim_at,
