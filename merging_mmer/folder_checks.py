@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from configuration_mmer.configuration_mmer import MMERConfig
 from configuration_mmer.export_mmer import write_hub_code
 from modeling_mmer.modeling_mmer import MMERForConditionalGeneration
-from modeling_mmer.routing_mmer import pack_bits, unpack_bits
+from modeling_mmer.routed_weights_mmer import pack_bits, unpack_bits
 from processing_mmer.processing_mmer import MMERProcessor
 
 from .checkpoints import Checkpoint

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from modeling_mmer.routing_mmer import pack_bits
+from modeling_mmer.routed_weights_mmer import pack_bits
 
 from .masks import correct, decouple, recover, rescale
 from .recipe import Recipe

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 
 from configuration_mmer.configuration_mmer import MMERConfig
-from modeling_mmer.routing_mmer import unpack_bits
+from modeling_mmer.routed_weights_mmer import unpack_bits
 from processing_mmer.processing_mmer import MMERProcessor
 
 from .checkpoints import fetch

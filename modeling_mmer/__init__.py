@@ -1,7 +1,8 @@
 """Media and text to logits: towers, routed LLM, generation."""
 
 from .modeling_mmer import MMERForConditionalGeneration, MMERModel, MMERPreTrainedModel
-from .routing_mmer import RoutePlan, pack_bits, route_scope, unpack_bits
+from .route_plan_mmer import RoutePlan, route_scope
+from .routed_weights_mmer import pack_bits, unpack_bits
 from .towers_mmer import build_tower, language_model_name, tower_features
 
 __all__ = [

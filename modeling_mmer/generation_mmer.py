@@ -7,6 +7,7 @@ return sequences repeat them with the ids, and every step cuts its window out of
 in a batch, a chunk or a beam computes what it computes alone.
 """
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,11 +15,14 @@ import torch
 from torch import nn
 from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
 
-from configuration_mmer.routes_mmer import BASE_ROUTE, named_route
+from configuration_mmer.routes_mmer import BASE_ROUTE, ROUTE_NAMES, named_route
 
 from .attention_mmer import OUTSIDE, media_blocks, whole_blocks
 from .cache_mmer import CACHE, one_cache
-from .routing_mmer import RoutedWeight
+from .route_plan_mmer import RoutePlan
+from .routed_weights_mmer import RoutedWeight
+
+_OURS = ("route_ids", "text_route", "base_only", "media_embeds", "block_sequence_ids")
 
 
 class NoPlaceholders(LogitsProcessor):
@@ -41,7 +45,10 @@ class MMERGenerationMixin(GenerationMixin):
     model: Any
     config: Any
     modules: Any
+    named_parameters: Any
+    named_buffers: Any
     _asked_routes: tuple[int, ...] = ()
+    _room: int | None = None
 
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | None = None, generation_config=None, **kwargs):  # type: ignore[override]
@@ -63,6 +70,34 @@ class MMERGenerationMixin(GenerationMixin):
         elif media:
             raise ValueError(f"media of {sorted(media)} need input_ids: their placeholders say where features go")
         return super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
+
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+        """As the stock one, but a draft model may have the base's vocabulary: ids of text are the same in both."""
+        draft = generation_mode_kwargs.get("assistant_model")
+        if draft is not None and draft.config.get_text_config().vocab_size == self.config.text_config.vocab_size:
+            generation_mode_kwargs = {k: v for k, v in generation_mode_kwargs.items() if k != "assistant_model"}
+        super()._validate_generation_mode(  # type: ignore[misc]
+            generation_mode, generation_config, generation_mode_kwargs
+        )
+
+    def _get_candidate_generator(self, generation_config, input_ids, *args, **kwargs):
+        """As the stock one; a draft model that knows no routes is not told of them.
+
+        Raises ValueError where such a draft cannot follow: media in the prompt, and sampling on a route whose
+        distribution has more entries than the draft's.
+        """
+        draft, told = kwargs.get("assistant_model"), kwargs.get("model_kwargs", {})
+        if draft is not None and not isinstance(draft, MMERGenerationMixin):
+            wider = self.config.vocab_size > draft.config.get_text_config().vocab_size
+            if told.get("media_embeds") is not None:
+                raise ValueError("the prompt has media, which the draft model cannot take: draft for text alone")
+            if generation_config.do_sample and wider and not told.get("base_only"):
+                raise ValueError(
+                    "sampling with a draft of the base's vocabulary, but this route has more tokens: expected "
+                    'do_sample=False, or text_route="base"'
+                )
+            kwargs["model_kwargs"] = {name: value for name, value in told.items() if name not in _OURS}
+        return super()._get_candidate_generator(generation_config, input_ids, *args, **kwargs)  # type: ignore[misc]
 
     def _has_placeholders(self, input_ids: torch.Tensor) -> bool:
         return any(bool((input_ids == token_id).any()) for token_id in self.config.placeholder_experts())
@@ -86,6 +121,8 @@ class MMERGenerationMixin(GenerationMixin):
                 kwargs["media_embeds"] = nn.functional.pad(kwargs["media_embeds"], (0, 0, before, 0))
             if (blocks := kwargs.get("block_sequence_ids")) is not None and blocks.shape[1] == input_ids.shape[1]:
                 kwargs["block_sequence_ids"] = nn.functional.pad(blocks, (before, 0), value=OUTSIDE)
+        # looked at on the host in every step: they are few numbers, and no step is to wait for the device
+        route_ids, text_route = route_ids.to("cpu"), text_route.to("cpu")
         kwargs["route_ids"], kwargs["text_route"] = route_ids, text_route
         # settled for all steps: one step of a mixed conversation may well have only base tokens
         kwargs["base_only"] = bool((route_ids == BASE_ROUTE).all())
@@ -94,7 +131,7 @@ class MMERGenerationMixin(GenerationMixin):
         if placeholders and not kwargs["base_only"]:
             given = kwargs.get("logits_processor") or []
             kwargs["logits_processor"] = LogitsProcessorList([*given, NoPlaceholders(placeholders, text_route)])
-        self._hold({*self._asked_routes, *text_route.unique().tolist()})
+        self._hold(text_route.unique().tolist())
 
     def prepare_inputs_for_generation(
         self,
@@ -134,8 +171,8 @@ class MMERGenerationMixin(GenerationMixin):
                 model_inputs.update(block_sequence_ids=blocks, attention_mask=attention_mask)
         if text_route is None:
             return model_inputs
-        model_inputs["text_route"] = text_route
-        model_inputs["route_ids"] = _window(route_ids, start, start + length, text_route)
+        device = (model_inputs["inputs_embeds"] if ids is None else ids).device
+        model_inputs["route_plan"] = _window(route_ids, start, start + length, text_route, device)
         if media_embeds is not None and start < media_embeds.shape[1]:
             media = media_embeds[:, start : start + length]
             model_inputs["media_embeds"] = nn.functional.pad(media, (0, 0, 0, length - media.shape[1]))
@@ -151,23 +188,83 @@ class MMERGenerationMixin(GenerationMixin):
 
     # weights at hand
 
-    def keep_routes(self, routes: Iterable[str]):
+    def keep_routes(self, routes: Iterable[str], max_memory: int | str | None = None):
         """Hold the weights of these routes (`merged`, experts' names) instead of making them in every forward.
 
-        Costs one copy of the routed weights a route. The routes of the latest `generate` are held besides;
-        `keep_routes([])` lets all go. Results do not change by a bit. Raises ValueError for an unknown route.
+        Costs one copy of the routed weights a route; with `max_memory` (bytes, or a size such as "4GB") no more than
+        that: the routes and layers named first are held, the rest is made as before. The routes of the latest
+        `generate` are held besides; `keep_routes([])` lets all go. Results do not change by a bit. Raises ValueError
+        for an unknown route and for a size that is none.
         """
-        self._asked_routes = tuple(named_route(name, self.config.expert_names) for name in routes)
-        self._hold(set(self._asked_routes))
+        self._asked_routes = tuple(named_route(name, self.config.expert_names) for name in dict.fromkeys(routes))
+        self._room = None if max_memory is None else size_in_bytes(max_memory)
+        self._hold(())
 
-    def _hold(self, routes: set[int]):
-        for module in self.modules():
-            if isinstance(module, RoutedWeight):
-                module.keep_(sorted(routes))
+    def _hold(self, generating: Iterable[int]):
+        """Hold what was asked for, as far as there is room, and the routes that are generated with."""
+        routed = [module for module in self.modules() if isinstance(module, RoutedWeight)]
+        wanted: dict[RoutedWeight, set[int]] = {module: set(generating) for module in routed}
+        left = self._room
+        for route in self._asked_routes:
+            for module in routed:
+                if left is not None and route != BASE_ROUTE:
+                    left -= module.route_bytes()
+                    if left < 0:
+                        break
+                wanted[module].add(route)
+        for module, routes in wanted.items():
+            module.keep_(sorted(routes))
+
+    def memory_footprint_by_route(self) -> dict[str, int]:
+        """Bytes that are resident, by what they are there for; their sum is all there is.
+
+        `base`: what the base LLM has; `merged`: τ* and the merged norms and biases; an expert's name: its tower,
+        masks, scales, corrections and own small tensors; `kept <route>`: the weights held for it.
+        """
+        experts = self.config.expert_names
+        sizes: dict[str, int] = {name: 0 for name in (*ROUTE_NAMES, *experts)}
+        seen: set[int] = set()
+        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            leaf = name.rpartition(".")[2]
+            if name.startswith("model.experts."):
+                sizes[name.split(".")[2]] += tensor.nbytes
+            elif leaf in ("masks", "scales", "correction_a", "correction_b") or leaf.startswith("expert_"):
+                for expert in experts:
+                    sizes[expert] += tensor.nbytes // len(experts)
+            else:
+                sizes["merged" if leaf == "delta" or leaf.startswith("merged_") else "base"] += tensor.nbytes
+        routed = [module for module in self.modules() if isinstance(module, RoutedWeight)]
+        for route, name in enumerate((*ROUTE_NAMES, *experts)):
+            held = [module._kept[route].weight.nbytes for module in routed if route in module._kept]
+            if held:
+                sizes[f"kept {name}"] = sum(held)
+        return sizes
 
 
-def _window(route_ids: torch.Tensor, start: int, end: int, text_route: torch.Tensor) -> torch.Tensor:
-    """`route_ids[:, start:end]`; positions behind the prompt were generated and take the sample's text route."""
+def size_in_bytes(size: int | str) -> int:
+    """4GB, 500MB, 1GiB … or bytes -> bytes. Raises ValueError for anything else."""
+    if isinstance(size, int) and size >= 0:
+        return size
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", size.strip()) if isinstance(size, str) else None
+    if found is None:
+        raise ValueError(f"max_memory is {size!r}: expected a number of bytes, or a size such as 4GB or 500MiB")
+    number, letter, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(letter or " "))
+
+
+def _window(
+    route_ids: torch.Tensor, start: int, end: int, text_route: torch.Tensor, device: torch.device
+) -> RoutePlan:
+    """The plan of the positions from `start` to `end`; those behind the prompt were generated and take the sample's
+    text route. route_ids and text_route are on the host.
+    """
     known = route_ids[:, start:end]
     behind = end - start - known.shape[1]
-    return torch.cat([known, text_route.unsqueeze(-1).expand(-1, behind)], dim=-1)
+    known = torch.cat([known, text_route.unsqueeze(-1).expand(-1, behind)], dim=-1)
+    plan = RoutePlan(known, text_route).to(device)
+    if plan.single is None and end - start > 1:
+        plan.last = RoutePlan(known[:, -1:]).to(device)
+    return plan

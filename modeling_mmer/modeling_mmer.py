@@ -19,16 +19,17 @@ from transformers.utils.generic import can_return_tuple
 
 from configuration_mmer.configuration_mmer import MMERConfig
 from configuration_mmer.export_mmer import HubCodeMixin
-from configuration_mmer.routes_mmer import BASE_ROUTE, route_tokens
+from configuration_mmer.routes_mmer import BASE_ROUTE
 
 from .attention_mmer import OUTSIDE, block_masks, check_open_ends, media_blocks, open_ends
 from .cache_mmer import CACHE, one_cache
 from .generation_mmer import MMERGenerationMixin
 from .head_scales_mmer import scaled_hidden, scaled_logits
-from .routing_mmer import RoutedWeight, RoutePlan, embed_rows, install_routing, route_scope, route_weight_of
+from .route_plan_mmer import RoutePlan, RoutePlanning, TextRoute, route_scope
+from .routed_weights_mmer import RoutedWeight
+from .routing_mmer import embed_rows, install_routing, route_weight_of
 from .towers_mmer import build_tower, has_media, tower_features
 
-TextRoute = str | list[str] | torch.Tensor
 _ADDED_ROWS = 64
 
 
@@ -67,7 +68,7 @@ class MMERPreTrainedModel(HubCodeMixin, PreTrainedModel):  # type: ignore[misc]
                     init.zeros_(parameter)
 
 
-class MMERModel(MMERPreTrainedModel):
+class MMERModel(RoutePlanning, MMERPreTrainedModel):  # type: ignore[misc]
     """Towers, embeddings and the routed LLM: everything but the head."""
 
     def __init__(self, config: MMERConfig):
@@ -154,10 +155,13 @@ class MMERModel(MMERPreTrainedModel):
                 embeds = embeds.masked_scatter(here.unsqueeze(-1), features)
         return embeds
 
-    def embed(self, input_ids: torch.Tensor, media_embeds: torch.Tensor | None, plan: RoutePlan) -> torch.Tensor:
+    def embed(
+        self, input_ids: torch.Tensor, media_embeds: torch.Tensor | None, plan: RoutePlan, settled: bool = False
+    ) -> torch.Tensor:
         """(batch, sequence, hidden): the LLM's rows by route, the added tokens' rows by route, the media's features.
 
-        An id that the base has as padding is a padding row on the base route, as in the base itself.
+        An id that the base has as padding is a padding row on the base route, as in the base itself. Raises ValueError
+        for placeholders without media, unless that is `settled`.
         """
         embeddings = self.get_input_embeddings()
         routes = plan.route_ids.to(input_ids.device)
@@ -169,40 +173,21 @@ class MMERModel(MMERPreTrainedModel):
             match = input_ids.unsqueeze(-1) == ids  # (batch, sequence, added tokens)
             added = match.any(-1) & ~base_own
             embeds = embeddings(input_ids.masked_fill(added, 0))
-            if added.any():
-                table = torch.tensor(self.config.added_rows(), device=input_ids.device)
-                rows = self.added_embeddings.weight[table[routes[added], match[added].to(torch.uint8).argmax(-1)]]
-                rows = embed_rows(embeddings, rows, rows.shape[:1]).to(embeds.dtype)
-                embeds = embeds.masked_scatter(added.unsqueeze(-1), rows)
+            # for all tokens, also where none is an added one: to look at that would be to wait for the device
+            table = torch.tensor(self.config.added_rows(), device=input_ids.device)
+            rows = self.added_embeddings(table[routes, match.to(torch.uint8).argmax(-1)])
+            rows = embed_rows(embeddings, rows.flatten(0, 1), input_ids.shape).to(embeds.dtype)
+            embeds = torch.where(added.unsqueeze(-1), rows, embeds)
         media = torch.zeros_like(input_ids, dtype=torch.bool)
         for token_id in self.config.placeholder_experts():
             media = media | (input_ids == token_id)
         if media_embeds is not None:
             embeds = torch.where(media.unsqueeze(-1), media_embeds.to(embeds.dtype), embeds)
-        elif (media & ~base_own).any():
+        elif not settled and (media & ~base_own).any():
             self.embed_media(input_ids, {})  # raises, naming the placeholder
         return embeds
 
     # routes
-
-    def routes(self, input_ids: torch.Tensor, text_route: TextRoute | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(`route_ids`, `text_route`) from the placeholders, as the processor makes them."""
-        config = self.config
-        wanted = config.text_route if text_route is None else text_route
-        return route_tokens(input_ids, config.placeholder_experts(), config.expert_names, wanted)
-
-    def _plan(self, input_ids, inputs_embeds, route_ids, text_route, cache) -> tuple[RoutePlan, torch.Tensor]:
-        if route_ids is not None and isinstance(text_route, torch.Tensor):
-            return RoutePlan(route_ids), text_route
-        if text_route is None and route_ids is None:
-            # a decoding loop of the user's own passes neither: what the prompt was given travels with its cache
-            text_route = getattr(cache, "mmer_text_route", None)
-        # a route named in words overrules the ids that the processor passed along
-        overruled = input_ids is not None and isinstance(text_route, (str, list))
-        # embeddings that come without ids are text, as far as can be known
-        ids = torch.full(inputs_embeds.shape[:2], -1, device=inputs_embeds.device) if input_ids is None else input_ids
-        derived, text_route = self.routes(ids, text_route)
-        return RoutePlan(derived if route_ids is None or overruled else route_ids), text_route
 
     def _blocks(self, input_ids, media_embeds, blocks, cache) -> torch.Tensor | None:
         """`block_sequence_ids` of media whose tokens see each other, None where there are none."""
@@ -229,14 +214,15 @@ class MMERModel(MMERPreTrainedModel):
         media_embeds: torch.Tensor | None = None,
         block_sequence_ids: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
+        route_plan: RoutePlan | None = None,
         **kwargs,
     ) -> MMERModelOutputWithPast:
         """
         route_ids: (batch, sequence) int64, text_route: (batch,) int64 or route names; derived from the placeholders
-        when absent. media_embeds: (batch, sequence, hidden), features already at their placeholders (`embed_media`).
-        Media tensors come as "<expert>.<name>". block_sequence_ids: (batch, sequence) int64, tokens of one number see
-        each other and -1 is causal; taken from the placeholders when absent. mm_token_type_ids is accepted because
-        processors make it; routes do not need it.
+        when absent. route_plan: what `plan_routes` makes of them, in their place. media_embeds: (batch, sequence,
+        hidden), features already at their placeholders (`embed_media`). Media tensors come as "<expert>.<name>".
+        block_sequence_ids: (batch, sequence) int64, tokens of one number see each other and -1 is causal; taken from
+        the placeholders when absent. mm_token_type_ids is accepted because processors make it; routes do not need it.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass input_ids or inputs_embeds: exactly one of the two")
@@ -246,11 +232,13 @@ class MMERModel(MMERPreTrainedModel):
             if input_ids is None:
                 raise ValueError(f"media of {sorted(media)} need input_ids: their placeholders say where features go")
             media_embeds = self.embed_media(input_ids, media)
-        plan, text_route = self._plan(input_ids, inputs_embeds, route_ids, text_route, cache)
+        plan, settled = route_plan, route_plan is not None or torch.compiler.is_compiling()
+        if plan is None:
+            plan = self._plan(input_ids, route_ids, text_route, inputs_embeds, cache, media_embeds)
         blocks = self._blocks(input_ids, media_embeds, block_sequence_ids, cache)
         with route_scope(plan):
             if input_ids is not None:
-                inputs_embeds = self.embed(input_ids, media_embeds, plan)
+                inputs_embeds = self.embed(input_ids, media_embeds, plan, settled)
             if blocks is not None:
                 llm = self.language_model.config
                 attention_mask = block_masks(llm, inputs_embeds, attention_mask, cache, position_ids, blocks)
@@ -263,7 +251,7 @@ class MMERModel(MMERPreTrainedModel):
                 **kwargs,
             )
         if (filled := getattr(outputs, CACHE)) is not None:
-            filled.mmer_text_route = text_route
+            filled.mmer_text_route = plan.text_route
             filled.mmer_open_ends = None if blocks is None or input_ids is None else open_ends(input_ids, blocks)
         return MMERModelOutputWithPast(**outputs, plan=plan)
 
@@ -298,6 +286,10 @@ class MMERForConditionalGeneration(MMERPreTrainedModel, MMERGenerationMixin):  #
 
     def set_output_embeddings(self, value):
         self.lm_head = value
+
+    def plan_routes(self, *args, **kwargs) -> RoutePlan:
+        """As RoutePlanning.plan_routes."""
+        return self.model.plan_routes(*args, **kwargs)
 
     # logits
 
@@ -362,6 +354,7 @@ class MMERForConditionalGeneration(MMERPreTrainedModel, MMERGenerationMixin):  #
         block_sequence_ids: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
         base_only: bool | None = None,
+        route_plan: RoutePlan | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Arguments as of MMERModel.forward; labels (batch, sequence) with -100 where no loss is taken.
@@ -380,6 +373,7 @@ class MMERForConditionalGeneration(MMERPreTrainedModel, MMERGenerationMixin):  #
             text_route=text_route,
             media_embeds=media_embeds,
             block_sequence_ids=block_sequence_ids,
+            route_plan=route_plan,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

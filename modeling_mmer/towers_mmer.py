@@ -104,7 +104,9 @@ def _in_tower_dtype(tower: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> 
     for name, value in inputs.items():
         if isinstance(value, torch.Tensor):
             cast = value.is_floating_point() and name not in whole
-            value = value.to(device, dtype) if cast else value.to(device)
+            # an offloaded tower's tensors are nowhere yet: its hooks move the inputs
+            to = value.device if device.type == "meta" else device
+            value = value.to(to, dtype) if cast else value.to(to)
         moved[name] = value
     return moved
 

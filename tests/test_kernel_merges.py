@@ -12,7 +12,7 @@ from merging_mmer import kernels
 from merging_mmer.masks import decouple, recover, rescale
 from merging_mmer.report import Measurement
 from merging_mmer.ties import kept_count, merge_vectors, trim, trim_at
-from modeling_mmer.routing_mmer import pack_bits, unpack_bits
+from modeling_mmer.routed_weights_mmer import pack_bits, unpack_bits
 
 from .kernel_blocks import (
     DTYPES,

@@ -9,7 +9,8 @@ from torch import nn
 from transformers import pipeline
 
 from configuration_mmer import MMERConfig
-from modeling_mmer.routing_mmer import RoutedLinear, RoutedWeight
+from modeling_mmer.routed_weights_mmer import RoutedWeight
+from modeling_mmer.routing_mmer import RoutedLinear
 from processing_mmer import MMERProcessor
 
 from . import tiny_several as several

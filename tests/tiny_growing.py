@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMultimodalLM
 
 from modeling_mmer import MMERForConditionalGeneration
-from modeling_mmer.routing_mmer import RoutedWeight, route_tensor
+from modeling_mmer.routed_weights_mmer import RoutedWeight
+from modeling_mmer.routing_mmer import route_tensor
 from processing_mmer import MMERProcessor
 
 from . import tiny_several as several

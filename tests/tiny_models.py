@@ -21,7 +21,7 @@ from transformers import (
 
 from configuration_mmer import MMERConfig
 from modeling_mmer import MMERForConditionalGeneration
-from modeling_mmer.routing_mmer import RoutedWeight
+from modeling_mmer.routed_weights_mmer import RoutedWeight
 
 VOCABULARY = 64
 IMAGE, AUDIO, END_OF_IMAGE = 64, 65, 66
