@@ -1,35 +1,37 @@
-"""mmer: the command line, and the public names (`from mmer import merge, Recipe, …`)."""
+"""mmer: the command line, and the public names (`from mmer import merge, Recipe, …`).
+
+Only what the command line itself needs is imported at once. torch and transformers take seconds: a public name is
+imported when it is asked for, and each command imports what it uses.
+"""
 
 import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.filesize import decimal
 from rich.markup import escape
-from rich.table import Table
 
-from configuration_mmer import MODALITIES, MMERConfig
-from evaluation_mmer import demo as lab_demo
-from hub_cards import write_card
-from merging_mmer import MergeReport, Recipe
-from merging_mmer import add as add_to_folder
+from configuration_mmer.route_names_mmer import MODALITIES
+from evaluation_mmer.tables import densities, inspected, plan_lines
 from merging_mmer import merge as merge_folder
-from merging_mmer import remove as remove_from_folder
-from merging_mmer.comparison import Fit
-from merging_mmer.inspection import Inspection, inspect
-from merging_mmer.merge import plan as plan_of
-from merging_mmer.plan import MergePlan
-from merging_mmer.recipe import load_experts
-from merging_mmer.verification import Check, Verification, verify
-from modeling_mmer import MMERForConditionalGeneration
-from processing_mmer import MMERProcessor
+from merging_mmer.recipe import Recipe, load_experts
+from merging_mmer.start import collector_paused, own_process
 
-__version__ = version("mmer")
+if TYPE_CHECKING:
+    from configuration_mmer import MMERConfig
+    from hub_cards import write_card
+    from merging_mmer import MergeReport
+    from merging_mmer.inspection import Inspection, inspect
+    from merging_mmer.verification import Check, Verification, verify
+    from modeling_mmer import MMERForConditionalGeneration
+    from processing_mmer import MMERProcessor
+
+    __version__: str
+
 __all__ = [
     "Inspection",
     "MMERConfig",
@@ -46,6 +48,38 @@ __all__ = [
     "write_card",
 ]
 
+_HOMES = {
+    "Inspection": "merging_mmer.inspection",
+    "MMERConfig": "configuration_mmer",
+    "MMERForConditionalGeneration": "modeling_mmer",
+    "MMERProcessor": "processing_mmer",
+    "MergeReport": "merging_mmer",
+    "Verification": "merging_mmer.verification",
+    "inspect": "merging_mmer.inspection",
+    "verify": "merging_mmer.verification",
+    "write_card": "hub_cards",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("mmer")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _imported(_HOMES[name], name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})
+
+
+def _imported(module: str, name: str) -> Any:
+    with collector_paused():
+        return getattr(import_module(module), name)
+
+
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="One model from several multimodal LLMs of one base."
 )
@@ -53,38 +87,49 @@ console = Console()
 MARK = "merge_report.json"  # a folder that holds it was made by a merge, and may be replaced by the next one
 
 
-def merge(recipe: Recipe | dict[str, Any] | str | Path, out: str | Path, **options: Any) -> MergeReport:
+def merge(recipe: Recipe | dict[str, Any] | str | Path, out: str | Path, **options: Any) -> "MergeReport":
     """Merge `recipe` (a Recipe, its fields as a mapping, or a YAML file) into the folder `out`, with its model card.
 
     `options` are those of `merging_mmer.merge`. Raises ValueError for what does not fit; nothing is left behind then.
     """
     if isinstance(recipe, dict):
         recipe = Recipe.from_dict(recipe)
-    return merge_folder(recipe, out, finish=write_card, **options)
+    return merge_folder(recipe, out, finish=_write_card, **options)
 
 
-def add(folder: str | Path, experts: Mapping[str, Any], **options: Any) -> MergeReport:
+def add(folder: str | Path, experts: Mapping[str, Any], **options: Any) -> "MergeReport":
     """Add experts, name -> source or fields as in a recipe, to a merged folder, and write its model card anew.
 
     `options` are those of `merging_mmer.add`. Raises ValueError for what does not fit; the folder is untouched then.
     """
-    return add_to_folder(folder, experts, finish=write_card, **options)
+    return _imported("merging_mmer", "add")(folder, experts, finish=_write_card, **options)
 
 
-def remove(folder: str | Path, experts: str | Collection[str], **options: Any) -> MergeReport:
+def remove(folder: str | Path, experts: str | Collection[str], **options: Any) -> "MergeReport":
     """Take experts out of a merged folder, and write its model card anew.
 
     `options` are those of `merging_mmer.remove`. Raises ValueError for what does not fit, and leaves the folder then.
     """
-    return remove_from_folder(folder, experts, finish=write_card, **options)
+    return _imported("merging_mmer", "remove")(folder, experts, finish=_write_card, **options)
+
+
+def _write_card(folder: Path) -> Path:
+    return _imported("hub_cards", "write_card")(folder)
+
+
+app.callback()(own_process)
 
 
 @contextmanager
-def _plain_errors() -> Iterator[None]:
-    """What a user can mend is one message on the screen, without a traceback; all else is a bug and shows one."""
+def _plain_errors(*more: type[Exception]) -> Iterator[None]:
+    """What a user can mend is one message on the screen, without a traceback; all else is a bug and shows one.
+
+    more: kinds of errors that a user can mend, beside ValueError and OSError.
+    """
+    mended: tuple[type[Exception], ...] = (ValueError, OSError, *more)
     try:
         yield
-    except (ValueError, OSError, lab_demo.LabError) as error:
+    except mended as error:
         Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
         raise typer.Exit(1) from error
 
@@ -107,33 +152,15 @@ def merge_command(
     }  # fmt: skip
     with _plain_errors():
         if dry_run:
-            _print_plan(plan_of(recipe, **settings), out)
+            for part in plan_lines(_imported("merging_mmer.merge", "plan")(recipe, **settings), out):
+                console.print(part)
             return
         report = merge(recipe, out, overwrite=overwrite, device=device, ray=ray, **settings)
     _print_report(report, out)
 
 
-def _print_plan(plan: MergePlan, out: Path):
-    table = Table("", "tensors", "written", title=f"what a merge into {escape(str(out))} would do")
-    words = {
-        "matrix": "matrices with a merged vector", "small": "norms and biases of which each expert keeps its own",
-        "same": "equal to the base in all experts", "rows": "rows of added tokens", "tower": "towers",
-    }  # fmt: skip
-    for kind, word in words.items():
-        parts = [part for part in plan.parts if part.kind == kind]
-        size = sum(stored.nbytes for part in parts for stored in part.stored)
-        table.add_row(word, str(len(parts)), decimal(size))
-    table.add_row("together", str(len(plan.parts)), decimal(plan.placement.total_bytes), style="bold")
-    console.print(table)
-    files = plan.placement.files
-    console.print(f"{len(files)} {'file' if len(files) == 1 else 'files'}, {decimal(plan.reads)} to read")
-    console.print(f"{plan.threads} workers, {decimal(plan.memory)} of memory at most beside the interpreter's own")
-    for warning in plan.warnings:
-        console.print(f"[yellow]warning:[/yellow] {escape(warning)}")
-
-
-def _print_report(report: MergeReport, out: Path):
-    console.print(lab_demo.densities(report))
+def _print_report(report: "MergeReport", out: Path):
+    console.print(densities(report))
     for note in report.notes:
         console.print(escape(note), highlight=False)
     for warning in report.warnings:
@@ -223,7 +250,9 @@ def demo(
     out: Annotated[Path, typer.Option(help="the folder to make")] = Path("mmer-demo"),
 ):
     """Merge five real experts on SmolLM2-135M-Instruct, and ask about a picture, a sound, a clip, a chair and text."""
-    with _plain_errors():
+    with collector_paused():
+        from evaluation_mmer import demo as lab_demo
+    with _plain_errors(lab_demo.LabError):
         lab_demo.run(out, lambda recipe, folder: merge(recipe, folder, overwrite=(folder / MARK).is_file()), console)
 
 
@@ -233,7 +262,7 @@ def card(
 ):
     """Write the model card of a merged folder anew."""
     with _plain_errors():
-        console.print(write_card(folder, repo))
+        console.print(_imported("hub_cards", "write_card")(folder, repo))
 
 
 @app.command("inspect")
@@ -251,11 +280,13 @@ def inspect_command(
 ):
     """Show what of a checkpoint is language model, tower and vocabulary, and whether it fits a base."""
     with _plain_errors():
-        found = inspect(source, base, tower, every, trust_remote_code, _encoders(encoder), lora_key)
+        found = _imported("merging_mmer.inspection", "inspect")(
+            source, base, tower, every, trust_remote_code, _encoders(encoder), lora_key
+        )
     if as_json:
         print(json.dumps(found.to_dict(), indent=2))
     else:
-        for part in _inspected(found):
+        for part in inspected(found):
             console.print(part, highlight=False)
     if not found.ok:
         raise typer.Exit(1)
@@ -286,7 +317,9 @@ def verify_command(
     """Check that a merged folder is whole, sound, and made of the base and experts it names."""
     with _plain_errors():
         shown = None if as_json else _print_check
-        result = verify(folder, recipe or originals, base, load, trust_remote_code, on_check=shown)
+        result = _imported("merging_mmer.verification", "verify")(
+            folder, recipe or originals, base, load, trust_remote_code, on_check=shown
+        )
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))
     elif result.failed:
@@ -295,76 +328,12 @@ def verify_command(
         raise typer.Exit(1)
 
 
-def _print_check(check: Check):
+def _print_check(check: "Check"):
     color = {"passed": "green", "failed": "red", "warning": "yellow"}.get(check.status, "dim")
     expected = f" (expected {escape(check.expected)})" if check.expected else ""
     console.print(
         f"[{color}]{check.status:<8}[/{color}] {check.name:<13} {escape(check.found)}{expected}", highlight=False
     )
-
-
-def _inspected(found: Inspection) -> Iterator[Table | str]:
-    """What `mmer inspect` prints."""
-    yield f"[bold]{escape(found.source)}[/bold]: {found.kind} {escape(found.architecture or found.model_type)}"
-    table = Table("part", "tensors", "parameters", "size", "dtypes")
-    for group in found.groups:
-        dtypes = ", ".join(
-            f"{dtype} {count}" if len(group.dtypes) > 1 else dtype for dtype, count in group.dtypes.items()
-        )
-        table.add_row(group.name, f"{group.tensors}", f"{group.parameters:,}", _size(group.bytes), dtypes)
-    yield table
-    for title, names in (("unknown tensors", found.unknown), ("missing tensors", found.missing)):
-        if names:
-            yield f"[red]{title}:[/red] {escape(', '.join(names))}"
-    if found.words is not None:
-        words = found.words
-        yield f"vocabulary: {words.rows} rows, {words.tokens} tokens, {words.padding} rows of padding"
-        if words.added:
-            yield f"added tokens: {escape(', '.join(words.added))}"
-        for modality, token in words.placeholders.items():
-            yield f"placeholder of {modality}: {escape(token['token'])} ({token['id']})"
-    for name, value in found.adapter.items():
-        if value not in (None, [], {}, False):
-            yield f"{name}: {escape(str(value))}"
-    if found.merged:
-        yield f"decoupling: {escape(str(found.merged['decoupling']))}, text_route: {found.merged['text_route']}"
-        yield _kept_table(found.merged["experts"])
-    for note in found.notes:
-        yield f"[yellow]note:[/yellow] {escape(note)}"
-    for problem in found.problems:
-        yield f"[red]problem:[/red] {escape(problem)}"
-    if found.fit is not None:
-        yield from _fit_lines(found.fit)
-
-
-def _kept_table(experts: dict[str, dict[str, Any]]) -> Table:
-    table = Table("expert", "modalities", "class", "mask density", "energy kept", "residual", "bits a parameter")
-    for name, expert in experts.items():
-        numbers = [expert.get(key) for key in ("mask_density", "kept_energy", "residual", "bits_per_parameter")]
-        shown = ["–" if number is None else f"{number:.3f}" for number in numbers]
-        table.add_row(name, ", ".join(expert["modalities"]), expert["model_type"], *shown)
-    return table
-
-
-def _fit_lines(fit: Fit) -> Iterator[str]:
-    if fit.distance is not None:
-        yield (
-            f"from {escape(fit.base)}: distance {fit.distance:.4f} of its norm, cosine {fit.cosine:.4f}, "
-            f"{fit.equal:.1%} of the entries equal ({len(fit.compared)} matrices)"
-        )
-        yield f"changed: {len(fit.changed)} of the {fit.tensors} tensors compared"
-    for reason in fit.reasons:
-        yield f"[red]does not fit:[/red] {escape(reason)}"
-    if fit.fits:
-        yield f"[green]fits[/green] {escape(fit.base)}"
-
-
-def _size(size: float) -> str:
-    for unit in ("B", "KB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}"
-        size /= 1000
-    return f"{size:.2f} GB"
 
 
 if __name__ == "__main__":

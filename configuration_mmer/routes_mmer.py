@@ -7,24 +7,9 @@ int64. Invariant: the processor and the model call the same function, so they ca
 
 import torch
 
-# the order is that of `mm_token_type_ids` in transformers (0 text, 1 image, 2 video, 3 audio); 4 is ours
-MODALITIES = ("image", "video", "audio", "point_cloud")
-
-BASE_ROUTE = 0
-MERGED_ROUTE = 1
-FIRST_EXPERT_ROUTE = 2
-ROUTE_NAMES = ("base", "merged")
-AUTO = "auto"
+from .route_names_mmer import AUTO, BASE_ROUTE, FIRST_EXPERT_ROUTE, MERGED_ROUTE, MODALITIES, ROUTE_NAMES, named_route
 
 _NO_EXPERT = -1
-
-
-def named_route(name: str, experts: list[str]) -> int:
-    """The route id of `base`, `merged` or an expert's name. Raises ValueError for any other word."""
-    known = [*ROUTE_NAMES, *experts]
-    if name not in known:
-        raise ValueError(f"unknown route {name!r}: this model knows {AUTO!r} and {known}")
-    return known.index(name)
 
 
 def text_routes(experts_of_media: torch.Tensor, wanted: str | list[str], experts: list[str]) -> torch.Tensor:
@@ -75,3 +60,16 @@ def route_tokens(
         )
     route_ids = torch.where(media == _NO_EXPERT, text_route.unsqueeze(-1), media + FIRST_EXPERT_ROUTE)
     return route_ids, text_route
+
+
+__all__ = [
+    "AUTO",
+    "BASE_ROUTE",
+    "FIRST_EXPERT_ROUTE",
+    "MERGED_ROUTE",
+    "MODALITIES",
+    "ROUTE_NAMES",
+    "named_route",
+    "route_tokens",
+    "text_routes",
+]

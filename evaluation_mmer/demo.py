@@ -25,8 +25,9 @@ from .lab.cache import LabError
 from .lab.datasets import QUESTIONS
 from .lab.experts import STORED
 from .lab.layouts import LAYOUTS
+from .tables import densities
 
-__all__ = ["LabError", "densities", "run", "samples"]
+__all__ = ["LabError", "run", "samples"]
 EXPERTS = ("image", "digits", "audio", "video", "point_cloud")
 CAPITAL = "What is the capital of France? Answer in one sentence."
 
@@ -149,15 +150,6 @@ def run(out: Path, merge: Callable[..., Any], console: Console) -> None:
         console.print(f"  [dim]{routes}; answer → {names[int(inputs['text_route'][0])]}[/dim]")
     console.print(timings(clock))
     console.print(f"The merged model is in {out}: AutoModel.from_pretrained({str(out)!r}, trust_remote_code=True)")
-
-
-def densities(report: Any) -> Table:
-    table = Table("expert", "mask density", "energy kept by mask", "residual", "bits a parameter", title="merged")
-    for name, numbers in report.experts.items():
-        total = numbers["total"]
-        shares = ["–" if total[key] is None else f"{total[key]:.1%}" for key in ("mask_density", "kept_energy")]
-        table.add_row(name, *shares, f"{total['residual']:.3f}", f"{numbers['bits_per_parameter']:.2f}")
-    return table
 
 
 def timings(clock: Clock) -> Table:

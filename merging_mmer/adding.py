@@ -39,8 +39,8 @@ from .added_rows import TokenRows, add_rows, join_rows, read_rows, row_places, s
 from .decoupling import exact_factors, largest_rank
 from .experts import Base, open_expert
 from .folder_checks import MergedFolder
+from .input_hashes import hashes
 from .matrices import Decoupled, decouple_matrix, merged_vector, row_blocks
-from .merge import hashes
 from .naming import HEAD, stored_name
 from .recipe import ExpertRecipe, expert_recipes
 from .report import Measurement, MergeReport, count_copy, count_unchanged, starved, tensor_kind

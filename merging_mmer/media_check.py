@@ -49,9 +49,11 @@ def check_media(
         advice = _advice(own, modality)
         prompts = [(f"{_BEFORE}{word}{after}", f"{_BEFORE}{written}{after}") for after in (_AFTER, _AFTER.strip())]
         marks = _marks(_template(original), original, word), _marks(template, own.processor, written)
-        theirs_known, known = original.tokenizer.get_vocab(), own.processor.tokenizer.get_vocab()
-        # what is no token of this expert may be one of another
-        alike = [pair for pair in zip(*marks) if (pair[0] in theirs_known) == (pair[1] in known)]
+        alike = list(zip(*marks))
+        if alike:  # vocabularies are large
+            theirs_known, known = original.tokenizer.get_vocab(), own.processor.tokenizer.get_vocab()
+            # what is no token of this expert may be one of another
+            alike = [pair for pair in alike if (pair[0] in theirs_known) == (pair[1] in known)]
         if alike and len(marks[0]) == len(marks[1]):
             first, second = prompts[0]
             prompts.append((first + "".join(a for a, _ in alike), second + "".join(b for _, b in alike)))

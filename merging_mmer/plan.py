@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import prod
+from threading import Event
 from typing import Literal
 
 import torch
@@ -56,10 +57,14 @@ class MergePlan:
         return sum(sorted((part.peak for part in self.parts), reverse=True)[: self.threads])
 
 
-def changed_tensors(base: Base, experts: Sequence[Expert], tokens: int, threads: int) -> set[str]:
-    """The tensors of the LLM that some expert changed."""
+def changed_tensors(
+    base: Base, experts: Sequence[Expert], tokens: int, threads: int, stop: Event | None = None
+) -> set[str]:
+    """The tensors of the LLM that some expert changed. Once `stop` is set, none are looked at any more."""
 
     def changed(name: str) -> bool:
+        if stop is not None and stop.is_set():
+            return False
         theta_0 = base.tensor(name)
         if theta_0.ndim == 2:
             return any(TaskRows(expert, name, theta_0, tokens).changes() for expert in experts)

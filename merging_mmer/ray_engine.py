@@ -20,11 +20,11 @@ from typing import Any
 import torch
 
 from .experts import Base, Expert, open_expert
+from .input_hashes import sha256
 from .matrix_work import Job
 from .placement import PlacedFiles, Placement
 from .plan import Part
 from .recipe import Recipe
-from .report import sha256
 from .task_vectors import one_thread
 from .workers import do_part
 

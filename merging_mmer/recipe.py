@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from configuration_mmer.routes_mmer import AUTO, MODALITIES, ROUTE_NAMES
+from configuration_mmer.route_names_mmer import AUTO, MODALITIES, ROUTE_NAMES
 
 Modality = Literal["image", "video", "audio", "point_cloud"]
 

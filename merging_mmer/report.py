@@ -6,13 +6,11 @@ lie in 0..1, residual is ‖θ̂ᵢ-θᵢ‖/‖τᵢ‖ with θ̂ᵢ rounded to
 would cost θᵢ.
 """
 
-import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -248,13 +246,3 @@ def _sums(shares: dict[str, Any], masked: int) -> Sums:
         on=round(masked * (shares["mask_density"] or 0.0)),
         masked=masked,
     )
-
-
-def sha256(path: Path, before: Callable[[], object] = bool) -> str:
-    """`before` is called before each block, and may raise to end it."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            before()
-            digest.update(block)
-    return digest.hexdigest()

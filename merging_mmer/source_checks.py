@@ -26,10 +26,11 @@ from modeling_mmer.routing_mmer import route_weight_of
 from .checkpoints import fetch
 from .experts import Base, Expert, open_expert
 from .folder_checks import REPORT, Fault, MergedFolder, Skip
+from .input_hashes import sha256
 from .matrices import row_blocks
 from .naming import listing, stored_name
 from .recipe import ExpertRecipe, Recipe
-from .report import sha256, tensor_kind
+from .report import tensor_kind
 from .tokenization import PROBES
 
 _PARTS = ("weight", "delta", "masks", "scales", "correction_a", "correction_b")

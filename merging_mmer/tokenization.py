@@ -113,7 +113,8 @@ def _shown(tokenizer: PreTrainedTokenizerBase, ids: list[int], place: int) -> st
 
 def _reads_alike(base: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase) -> bool:
     """Whether both put the same tokens around a text, and split it alike behind and before a special token."""
-    special = [token for token in _special(base) if token in own.get_vocab()][:_MOST_SPECIAL]
+    known = own.get_vocab()
+    special = [token for token in _special(base) if token in known][:_MOST_SPECIAL]
     pieces = [f"{token}{after}" for token in special for after in ("Hello", " Hello", "\nHello", "Hello  ")]
     texts = [PROBES[0], "", *(f"{before}{piece}" for piece in pieces for before in ("", "a ", "a\n"))]
     mine, theirs = (one(texts)["input_ids"] for one in (base, own))

@@ -92,12 +92,13 @@ def merge_vocabulary(
     for name, processor in processors.items():
         own = processor.tokenizer
         with naming(tokenizer_files(own), tokenizer_files(base_tokenizer)):
-            _check_base(name, base, own.get_vocab())
+            known = own.get_vocab()
+            _check_base(name, base, known)
             vocabulary.readings[name], warnings = own_reading(name, base_tokenizer, own, name in own_tokenizers)
         vocabulary.warnings += warnings
         found, left_out = _brought(name, find_placeholders(name, processor, configs[name]), modalities)
         own_flags = {str(token): token for token in own.added_tokens_decoder.values()}
-        own_ids = {token: own_id for token, own_id in own.get_vocab().items() if token not in left_out}
+        own_ids = {token: own_id for token, own_id in known.items() if token not in left_out}
         own_ids.update({token: own_id for token, own_id, _ in found.values()})
         flagged = {
             token for token, flag in own_flags.items() if token in flags and _finds_otherwise(flag, flags[token])
@@ -183,6 +184,7 @@ def find_placeholders(
     The id is the config's (`image_token_id`, `image_token_index`), as the model scatters there, else the processor's.
     """
     found: dict[str, tuple[str, int, str]] = {}
+    known = processor.tokenizer.get_vocab()
     for modality in MODALITIES:
         written = getattr(processor, f"{modality}_token", None)
         if written is None and any(getattr(processor, part, None) is not None for part in _PARTS[modality][:1]):
@@ -195,7 +197,7 @@ def find_placeholders(
         has_part = any(getattr(processor, part, None) is not None for part in _PARTS[modality])
         if not has_part or (written is None and place is None):
             continue
-        if place is None and found and written not in processor.tokenizer.get_vocab():
+        if place is None and found and written not in known:
             continue  # only a word that the processor replaces (SmolVLM's videos become images)
         if isinstance(written, AddedToken):
             written = str(written)
@@ -204,7 +206,7 @@ def find_placeholders(
                 f"expert {name!r}: its {modality} placeholder is {written!r} with the id {place!r}, expected a token "
                 "and a number"
             )
-        token, place = _token_of(name, modality, processor, written, place)
+        token, place = _token_of(name, modality, known, written, place)
         if any(token == other for other, *_ in found.values()):
             continue  # one token for two kinds of media: the first kind is how features get in
         found[modality] = (token, place, written or token)
@@ -217,9 +219,9 @@ def find_placeholders(
 
 
 def _token_of(
-    name: str, modality: str, processor: ProcessorMixin, written: str | None, place: int | None
+    name: str, modality: str, own: Mapping[str, int], written: str | None, place: int | None
 ) -> tuple[str, int]:
-    own = processor.tokenizer.get_vocab()
+    """`own`: the expert's vocabulary."""
     if place is None:
         if written not in own:
             raise ValueError(f"expert {name!r}: its {modality} placeholder {written!r} is not in its tokenizer")
@@ -233,7 +235,7 @@ def _token_of(
         if written in own:
             raise ValueError(
                 f"expert {name!r}: its config puts {modality} features at id {place}, its tokenizer has {written!r} "
-                f"at {own[written]}: correct one of them"
+                f"at {own[str(written)]}: correct one of them"
             )
         return str(written), place
     return places[0], place

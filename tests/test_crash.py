@@ -19,10 +19,12 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import crash  # noqa: E402
 from synthetic_models import SCALES, make  # noqa: E402
 
+import merging_mmer  # noqa: E402
+from merging_mmer import Recipe  # noqa: E402
+from merging_mmer.journal import Journal  # noqa: E402
 from merging_mmer.naming import stored_name  # noqa: E402
 from mmer import merge  # noqa: E402
 
-engine_module = sys.modules["merging_mmer.merge"]  # the room's `merge` is the function
 SHARD = "60KB"  # the merged folder is several of them
 DECOUPLING = {"kind": "mask", "scale": "row", "rank": 4}
 
@@ -105,7 +107,7 @@ def test_a_journal_never_speaks_of_another_merges_files(merges, whole, models, m
 
     other = models.recipe(decoupling={**DECOUPLING, "lambda": 0.5})
     with monkeypatch.context() as patched:
-        patched.setattr(engine_module.Journal, "begin", stopped)
+        patched.setattr(Journal, "begin", stopped)
         with pytest.raises(KeyboardInterrupt):
             merge(other, merges.out, progress=False, max_shard_size=SHARD)
     merges.finish()
@@ -181,9 +183,9 @@ def test_a_disk_that_is_full_for_the_card(models, tmp_path):
     def full(folder):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    recipe = engine_module.Recipe.from_dict(models.recipe(decoupling=DECOUPLING))
+    recipe = Recipe.from_dict(models.recipe(decoupling=DECOUPLING))
     with pytest.raises(OSError, match="No space left"):
-        engine_module.merge(recipe, tmp_path / "out", progress=False, finish=full)
+        merging_mmer.merge(recipe, tmp_path / "out", progress=False, finish=full)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -13,7 +13,7 @@ from transformers import AutoProcessor
 from typer.testing import CliRunner
 
 import mmer
-from merging_mmer import Recipe
+from merging_mmer import Recipe, opened_merge
 from merging_mmer.placement import PlacedFiles
 from merging_mmer.shards import size_in_bytes
 from modeling_mmer import MMERForConditionalGeneration
@@ -129,13 +129,13 @@ def test_what_is_done_is_not_done_again(tmp_path, shared, monkeypatch):
     broken_off("added_head", recipe, tmp_path / "out", monkeypatch)
     lines = (tmp_path / ".out.partial" / "journal.jsonl").read_text().splitlines()
     known = {json.loads(line)["part"] for line in lines[1:]}
-    done, real = [], merging.do_part
+    done, real = [], opened_merge.do_part
 
     def seen(job, part, device):
         done.append(part.name)
         return real(job, part, device)
 
-    monkeypatch.setattr(merging, "do_part", seen)
+    monkeypatch.setattr(opened_merge, "do_part", seen)
     run(recipe, tmp_path / "out", max_shard_size="20KB")
     assert done and not known & set(done) and "lm_head.weight" in known
 
@@ -155,13 +155,13 @@ def test_an_input_that_changed_in_between_is_noticed_by_its_values(tmp_path, mon
 
 def test_an_input_that_changes_meanwhile(tmp_path, monkeypatch):
     recipe = world(tmp_path)
-    real = merging.do_part
+    real = opened_merge.do_part
 
     def touched(job, part, device):
         os.utime(tmp_path / "image" / "model.safetensors")
         return real(job, part, device)
 
-    monkeypatch.setattr(merging, "do_part", touched)
+    monkeypatch.setattr(opened_merge, "do_part", touched)
     with pytest.raises(ValueError, match=r"image/model.safetensors was changed while it was being merged"):
         run(recipe, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()

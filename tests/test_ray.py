@@ -6,9 +6,9 @@ from threading import Thread
 import pytest
 
 from merging_mmer import Recipe, merge
+from merging_mmer.input_hashes import sha256
 from merging_mmer.plan import Part
 from merging_mmer.ray_engine import _check_inputs, batches, cluster
-from merging_mmer.report import sha256
 
 from .tiny_merges import world
 
