@@ -156,7 +156,7 @@ def commands(way: Way, made: Models, folder: Path, out: Path, mergekit: Path) ->
     if way.tool == "copy":
         return [sys.executable, "-c", COPY, str(out), *map(str, made.inputs())], made.inputs()
     if way.tool == "start":
-        return [sys.executable, "-c", "import mmer"], []
+        return [sys.executable, "-c", "import merging_mmer.opened_merge"], []
     if way.tool == "start of mergekit":
         return [str(mergekit / "bin/mergekit-yaml"), "--help"], []
     file = folder / "recipe.yaml"

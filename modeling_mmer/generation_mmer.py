@@ -20,7 +20,7 @@ from configuration_mmer.routes_mmer import BASE_ROUTE, ROUTE_NAMES, named_route
 from .attention_mmer import OUTSIDE, media_blocks, whole_blocks
 from .cache_mmer import CACHE, one_cache
 from .route_plan_mmer import RoutePlan
-from .routed_weights_mmer import RoutedWeight
+from .routed_weights_mmer import Kept, RoutedWeight
 
 _OURS = ("route_ids", "text_route", "base_only", "media_embeds", "block_sequence_ids")
 
@@ -204,16 +204,18 @@ class MMERGenerationMixin(GenerationMixin):
         """Hold what was asked for, as far as there is room, and the routes that are generated with."""
         routed = [module for module in self.modules() if isinstance(module, RoutedWeight)]
         wanted: dict[RoutedWeight, set[int]] = {module: set(generating) for module in routed}
-        left = self._room
+        left, there = self._room, set[tuple[int, int]]()
         for route in self._asked_routes:
             for module in routed:
-                if left is not None and route != BASE_ROUTE:
+                if left is not None and route != BASE_ROUTE and (key := (id(module.weight), route)) not in there:
                     left -= module.route_bytes()
                     if left < 0:
                         break
+                    there.add(key)
                 wanted[module].add(route)
+        held: dict[tuple[int, int], Kept] = {}
         for module, routes in wanted.items():
-            module.keep_(sorted(routes))
+            module.keep_(sorted(routes), held)
 
     def memory_footprint_by_route(self) -> dict[str, int]:
         """Bytes that are resident, by what they are there for; their sum is all there is.
@@ -238,9 +240,9 @@ class MMERGenerationMixin(GenerationMixin):
                 sizes["merged" if leaf == "delta" or leaf.startswith("merged_") else "base"] += tensor.nbytes
         routed = [module for module in self.modules() if isinstance(module, RoutedWeight)]
         for route, name in enumerate((*ROUTE_NAMES, *experts)):
-            held = [module._kept[route].weight.nbytes for module in routed if route in module._kept]
+            held = [module._kept[route].weight for module in routed if route in module._kept]
             if held:
-                sizes[f"kept {name}"] = sum(held)
+                sizes[f"kept {name}"] = sum({id(weight): weight.nbytes for weight in held}.values())
         return sizes
 
 

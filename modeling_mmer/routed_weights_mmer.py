@@ -159,19 +159,23 @@ class RoutedWeight:
             made[rows] = own
         return made
 
-    def keep_(self, routes: Iterable[int]):
-        """Hold the weights of `routes` and drop all others. Used without gradients only, and never after a change."""
-        kept = {}
+    def keep_(self, routes: Iterable[int], of_others: dict[tuple[int, int], Kept] | None = None):
+        """Hold the weights of `routes` and drop all others. Used without gradients only, and never after a change.
+
+        of_others: (id of θ₀, route) -> what another module with the same tensors holds, a tied head and embedding.
+        """
+        kept, of_others = {}, {} if of_others is None else of_others
         with torch.no_grad():
             for route in routes:
                 if route == BASE_ROUTE or self.delta is None or self.weight.is_meta:
                     continue  # offloaded parts come anew in each forward: nothing to hold on to
-                old = self._kept.get(route)
+                key = id(self.weight), route
+                old = of_others.get(key, self._kept.get(route))
                 if old is None or not old.fresh(self._parameters):
                     here = [(name, self._parameters.get(name)) for name in _PARTS]
                     parts = tuple((n, part, part._version, part.data_ptr()) for n, part in here if part is not None)
                     old = Kept(self.route_weight(route), parts)
-                kept[route] = old
+                kept[route] = of_others[key] = old
         self._kept = kept
 
     def route_bytes(self) -> int:

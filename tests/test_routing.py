@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from modeling_mmer import routed_weights_mmer
 from modeling_mmer.route_plan_mmer import RoutePlan, route_scope
 from modeling_mmer.routed_weights_mmer import RoutedWeight, pack_bits, unpack_bits
 from modeling_mmer.routing_mmer import RoutedLinear, route_weight_of
@@ -347,47 +346,3 @@ def test_a_copy_is_the_model(copied):
 def test_wrong_names_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         mmer_model(mmer_config(**changes))
-
-
-def test_no_more_is_held_than_there_is_room_for():
-    model, batch = mmer_model(), routed_batch()
-    one = sum(m.weight.nbytes for m in model.modules() if isinstance(m, RoutedWeight) and m.delta is not None)
-    with torch.no_grad():
-        packed = model(**batch).logits
-        for room, image, audio in ((one + one // 2, one, one // 2), ("0MB", 0, 0), (f"{2 * one}B", one, one)):
-            model.keep_routes(["image", "audio"], max_memory=room)
-            sizes = model.memory_footprint_by_route()
-            assert sizes.get("kept image", 0) == image and audio * 0.7 <= sizes.get("kept audio", 0) <= audio
-            assert torch.equal(model(**batch).logits, packed)
-    for size in ("much", "4", -1):
-        with pytest.raises(ValueError, match="max_memory is .*expected a number of bytes"):
-            model.keep_routes(["image"], max_memory=size)
-
-
-def test_the_footprint_by_route_is_all_there_is():
-    model = mmer_model()
-    model.keep_routes(["image"])
-    sizes = model.memory_footprint_by_route()
-    assert list(sizes) == ["base", "merged", "image", "audio", "kept image"]
-    linears = [m for m in model.modules() if isinstance(m, RoutedWeight) and m.delta is not None]
-    norms = [m for m in model.modules() if hasattr(m, "routed_tensors")]
-    small = sum(m.weight.nbytes for m in norms)
-    assert sizes["kept image"] == sum(m.weight.nbytes for m in linears)
-    assert sizes["merged"] == sizes["kept image"] + small
-    tower = [*model.model.experts["image"].parameters(), *model.model.experts["image"].buffers()]
-    own = sum((m.masks.nbytes + m.scales.nbytes + m.correction_a.nbytes + m.correction_b.nbytes) // 2 for m in linears)
-    assert sizes["image"] == own + small + sum(p.nbytes for p in tower)
-    held = sizes.pop("kept image")
-    assert sum(sizes.values()) == model.get_memory_footprint() and held > 0
-
-
-def test_blocks_of_rows_change_no_bit(monkeypatch):
-    for kind in KINDS:
-        model = mmer_model(mmer_config(decoupling=kind))
-        linear = model.model.language_model.layers[0].mlp.up_proj
-        with torch.no_grad():
-            for route in range(4):
-                whole = linear._sum(route, slice(None)) if route else linear.weight
-                for block in (1, 200, 1 << 17):
-                    monkeypatch.setattr(routed_weights_mmer, "_CPU_BLOCK", block)
-                    torch.testing.assert_close(linear.route_weight(route), whole, rtol=0, atol=1e-6)

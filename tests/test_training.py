@@ -42,7 +42,8 @@ def test_the_trainer_trains_what_is_to_be_trained(tmp_path):
     samples = [{name: tensor[0] for name, tensor in alone(0).items()} | {"labels": alone(0)["input_ids"][0]}] * 2
     arguments = TrainingArguments(
         output_dir=tmp_path, max_steps=2, per_device_train_batch_size=1, use_cpu=True, report_to=[],
-        save_strategy="no", optim="sgd", learning_rate=0.1, lr_scheduler_type="constant", max_grad_norm=0.0, disable_tqdm=True,
+        save_strategy="no", optim="sgd", learning_rate=0.1, lr_scheduler_type="constant", max_grad_norm=0.0,
+        disable_tqdm=True,
     )  # fmt: skip
     Trainer(model=model, args=arguments, train_dataset=samples).train()
     optimizer = torch.optim.SGD([p for p in twin.parameters() if p.requires_grad], lr=0.1)
