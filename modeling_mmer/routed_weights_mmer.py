@@ -109,7 +109,10 @@ class RoutedWeight:
     def _sum(self, route: int, rows: torch.Tensor | slice) -> torch.Tensor:
         """The formula on some rows, differentiable, for any kind of tensor (sharded, quantised)."""
         exact = torch.promote_types(self.weight.dtype, torch.float32)
-        total = self.weight[rows].to(exact)
+        weight = self.weight[rows]
+        if hasattr(type(weight), "tensor_data_names"):  # torchao's; a plain tensor has a `dequantize` too
+            weight = weight.dequantize()
+        total = weight.to(exact)
         if route == MERGED_ROUTE or self.routed_kind == "none":
             return (total + self.delta[rows].to(exact)).to(self.weight.dtype)
         expert = route - FIRST_EXPERT_ROUTE
@@ -165,9 +168,11 @@ class RoutedWeight:
         of_others: (id of θ₀, route) -> what another module with the same tensors holds, a tied head and embedding.
         """
         kept, of_others = {}, {} if of_others is None else of_others
+        # a rank sees its own piece of a divided weight only while its forward runs
+        divided = any(hasattr(part, "placements") for part in self._parameters.values())
         with torch.no_grad():
             for route in routes:
-                if route == BASE_ROUTE or self.delta is None or self.weight.is_meta:
+                if route == BASE_ROUTE or self.delta is None or self.weight.is_meta or divided:
                     continue  # offloaded parts come anew in each forward: nothing to hold on to
                 key = id(self.weight), route
                 old = of_others.get(key, self._kept.get(route))
