@@ -200,7 +200,7 @@ class OpenedMerge:
             order = Order(
                 self.recipe.model_dump_json(by_alias=True), self.tokens, self.dtype, self.rank, self.block,
                 self.trust_remote_code, job.files.folder,
-                tuple((str(file), *hashed.stats[file], known[str(file)]) for file in dict.fromkeys(self.files())),
+                tuple((str(file), *hashed.stats[file], known[str(file)]) for file in hashed.files),
             )  # fmt: skip
             there = [part for part in todo if part.kind != "rows"]
             yield from parts_on(self.ray, order, self.plan.placement, job.thresholds, there)

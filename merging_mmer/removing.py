@@ -28,6 +28,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from configuration_mmer.routes_mmer import AUTO
+from modeling_mmer.routed_weights_mmer import OWN_PARTS
 from processing_mmer.processing_mmer import MMERProcessor
 
 from .added_rows import TokenRows, join_rows, split_rows
@@ -38,7 +39,6 @@ from .report import MergeReport
 from .selection import model_threshold
 from .shards import ShardWriter, size_in_bytes
 from .stored import (
-    OWN_PARTS,
     Parts,
     Rewriting,
     changed_config,

@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 
 from configuration_mmer.routes_mmer import FIRST_EXPERT_ROUTE
 from modeling_mmer.modeling_mmer import MMERForConditionalGeneration
+from modeling_mmer.routed_weights_mmer import PARTS
 from modeling_mmer.routing_mmer import route_weight_of
 
 from .checkpoints import fetch
@@ -33,7 +34,6 @@ from .recipe import ExpertRecipe, Recipe
 from .report import tensor_kind
 from .tokenization import PROBES
 
-_PARTS = ("weight", "delta", "masks", "scales", "correction_a", "correction_b")
 _SOURCES = ("model", "lora", "tower")  # the fields of an expert in a recipe that name a place
 
 # how far a residual may lie from the reported one: sums in another order, and of θ₀'s size where τ is small
@@ -280,7 +280,7 @@ def routed_matrix(merged: MergedFolder, prefix: str) -> Any:
     rows, columns = merged.expected[f"{prefix}.weight"].shape
     matrix: Any = nn.Linear(columns, rows, bias=False, device="meta")
     route_weight_of(matrix, len(merged.config.experts), merged.config.decoupling)
-    for part in _PARTS:
+    for part in PARTS:
         tensor = merged.part(prefix, part)
         setattr(matrix, part, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
     return matrix

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 
 from configuration_mmer.configuration_mmer import MMERConfig
-from modeling_mmer.routed_weights_mmer import unpack_bits
+from modeling_mmer.routed_weights_mmer import OWN_PARTS, unpack_bits
 from processing_mmer.processing_mmer import MMERProcessor
 
 from .checkpoints import fetch
@@ -43,8 +43,6 @@ from .shards import ShardWriter
 from .source_checks import same_bits
 from .task_vectors import one_thread, task_vector
 from .vocabulary import AddedVocabularyToken, Vocabulary
-
-OWN_PARTS = ("masks", "scales", "correction_a", "correction_b")
 
 # what is written anew each time; all else that a folder holds is passed on
 _WRITTEN = {

@@ -20,7 +20,7 @@ from configuration_mmer.routes_mmer import BASE_ROUTE, ROUTE_NAMES, named_route
 from .attention_mmer import OUTSIDE, media_blocks, whole_blocks
 from .cache_mmer import CACHE, one_cache
 from .route_plan_mmer import RoutePlan
-from .routed_weights_mmer import Kept, RoutedWeight
+from .routed_weights_mmer import OWN_PARTS, Kept, RoutedWeight
 
 _OURS = ("route_ids", "text_route", "base_only", "media_embeds", "block_sequence_ids")
 
@@ -225,15 +225,11 @@ class MMERGenerationMixin(GenerationMixin):
         """
         experts = self.config.expert_names
         sizes: dict[str, int] = {name: 0 for name in (*ROUTE_NAMES, *experts)}
-        seen: set[int] = set()
         for name, tensor in (*self.named_parameters(), *self.named_buffers()):
-            if id(tensor) in seen:
-                continue
-            seen.add(id(tensor))
             leaf = name.rpartition(".")[2]
             if name.startswith("model.experts."):
                 sizes[name.split(".")[2]] += tensor.nbytes
-            elif leaf in ("masks", "scales", "correction_a", "correction_b") or leaf.startswith("expert_"):
+            elif leaf in OWN_PARTS or leaf.startswith("expert_"):
                 for expert in experts:
                     sizes[expert] += tensor.nbytes // len(experts)
             else:
@@ -266,7 +262,4 @@ def _window(
     known = route_ids[:, start:end]
     behind = end - start - known.shape[1]
     known = torch.cat([known, text_route.unsqueeze(-1).expand(-1, behind)], dim=-1)
-    plan = RoutePlan(known, text_route).to(device)
-    if plan.single is None and end - start > 1:
-        plan.last = RoutePlan(known[:, -1:]).to(device)
-    return plan
+    return RoutePlan(known, text_route).to(device)

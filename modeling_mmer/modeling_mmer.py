@@ -27,7 +27,7 @@ from .generation_mmer import MMERGenerationMixin
 from .head_scales_mmer import scaled_hidden, scaled_logits
 from .parallel_mmer import RoutedParallelism
 from .route_plan_mmer import RoutePlan, RoutePlanning, TextRoute, route_scope
-from .routed_weights_mmer import RoutedWeight
+from .routed_weights_mmer import PARTS, RoutedWeight
 from .routing_mmer import embed_rows, install_routing, route_weight_of
 from .towers_mmer import build_tower, has_media, tower_features
 
@@ -61,10 +61,11 @@ class MMERPreTrainedModel(HubCodeMixin, RoutedParallelism, PreTrainedModel):  # 
     def initialize_weights(self):
         # modules inside the LLM are initialised by its own class, which knows nothing of what routing adds to them
         super().initialize_weights()
-        added = ("delta", "masks", "scales", "correction_a", "correction_b")
         for module in self.modules():
             for name, parameter in module._parameters.items():
-                ours = name.startswith(("expert_", "merged_")) or (isinstance(module, RoutedWeight) and name in added)
+                ours = name.startswith(("expert_", "merged_")) or (
+                    isinstance(module, RoutedWeight) and name in PARTS[1:]
+                )
                 if ours and parameter is not None and not getattr(parameter, "_is_hf_initialized", False):
                     init.zeros_(parameter)
 

@@ -23,13 +23,14 @@ class RoutePlan:
     `route_ids` is int64 (batch, sequence), `text_route` int64 (batch,), the routes of what comes next, where known.
     `single` is the route when all tokens share one, else None. Otherwise `routes` and `sizes` are the groups, and
     `order` is None where the flattened batch consists of the groups one behind the other; else it is the index that
-    sorts its tokens by route, and `back` its inverse.
+    sorts its tokens by route, and `back` its inverse. `last` is the plan of the last position, which is what
+    `generate` asks the head for; None where that is this plan itself.
     """
 
     def __init__(self, route_ids: torch.Tensor, text_route: torch.Tensor | None = None):
         self.route_ids, self.text_route = route_ids, text_route
-        self.last: RoutePlan | None = None
-        flat = route_ids.detach().to("cpu").flatten()  # the only wait for the device
+        host = route_ids.detach().to("cpu")  # the only wait for the device
+        flat = host.flatten()
         runs, lengths = torch.unique_consecutive(flat, return_counts=True)
         self.order: dict[torch.device, torch.Tensor] | None = None
         self.back: dict[torch.device, torch.Tensor] = {}
@@ -38,10 +39,12 @@ class RoutePlan:
             runs, lengths = torch.unique_consecutive(flat[order], return_counts=True)
             self.order = {order.device: order}
             self.back = {order.device: torch.argsort(order)}
-            self._prepare(route_ids.device)
         self.routes: list[int] = runs.tolist()
         self.sizes: list[int] = lengths.tolist()
         self.single = BASE_ROUTE if not self.routes else self.routes[0] if len(self.routes) == 1 else None
+        mixed = self.single is None and route_ids.shape[1] > 1
+        self.last: RoutePlan | None = RoutePlan(host[:, -1:]) if mixed else None
+        self.to(route_ids.device)
 
     @classmethod
     def one(cls, route: int, shape: torch.Size, device: torch.device) -> "RoutePlan":
@@ -58,6 +61,8 @@ class RoutePlan:
         self.route_ids = self.route_ids.to(device, non_blocking=True)
         if self.text_route is not None:
             self.text_route = self.text_route.to(device, non_blocking=True)
+        if self.last is not None:
+            self.last.to(device)
         self._prepare(device)
         return self
 
@@ -87,8 +92,8 @@ class RoutePlan:
 
     def keep(self, positions: slice | torch.Tensor) -> "RoutePlan":
         """The plan of some positions of the sequence, as `logits_to_keep` names them."""
-        if self.last is not None and positions == slice(-1, None):
-            return self.last
+        if self.single is None and isinstance(positions, slice) and positions == slice(-1, None):
+            return self if self.last is None else self.last
         kept = self.route_ids[:, positions]
         return RoutePlan(kept) if self.single is None else RoutePlan.one(self.single, kept.shape, kept.device)
 
@@ -151,12 +156,12 @@ class RoutePlanning:
     ) -> RoutePlan:
         """The `route_plan` of a forward with these arguments; what else is passed does not matter for it.
 
-        A compiled forward needs it for prompts with media: `torch.compile(model, fullgraph=True)(**inputs,
-        route_plan=model.plan_routes(**inputs))`. It also serves several forwards of one batch. Raises ValueError for
-        an unknown route, and for another number of samples.
+        A forward compiled with fullgraph needs it for prompts with media, whose features are then passed as
+        `media_embeds` (`embed_media`). It also serves several forwards of one batch. Raises ValueError for an unknown
+        route, and for another number of samples.
         """
         if route_ids is not None and isinstance(text_route, torch.Tensor):
-            return _with_last(RoutePlan(route_ids, text_route))
+            return RoutePlan(route_ids, text_route)
         if text_route is None and route_ids is None:
             # a decoding loop of the user's own passes neither: what the prompt was given travels with its cache
             text_route = getattr(cache, "mmer_text_route", None)
@@ -168,7 +173,7 @@ class RoutePlanning:
                 raise ValueError("pass input_ids or inputs_embeds: exactly one of the two")
             input_ids = torch.full(inputs_embeds.shape[:2], -1, device=inputs_embeds.device)
         derived, text_route = self.routes(input_ids, text_route)
-        return _with_last(RoutePlan(derived if route_ids is None or overruled else route_ids, text_route))
+        return RoutePlan(derived if route_ids is None or overruled else route_ids, text_route)
 
     @torch.compiler.disable
     def _plan_outside(self, *args: Any) -> RoutePlan:
@@ -186,10 +191,3 @@ class RoutePlanning:
             given = inputs_embeds if input_ids is None else input_ids
             return RoutePlan.one(route, given.shape[:2], given.device)
         return self._plan_outside(input_ids, route_ids, text_route, inputs_embeds, cache)
-
-
-def _with_last(plan: RoutePlan) -> RoutePlan:
-    """With the plan of the last position, which is what `generate` asks the head for."""
-    if plan.single is None and plan.route_ids.shape[1]:
-        plan.last = RoutePlan(plan.route_ids[:, -1:])
-    return plan

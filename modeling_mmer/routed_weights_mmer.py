@@ -16,7 +16,8 @@ from configuration_mmer.routes_mmer import BASE_ROUTE, FIRST_EXPERT_ROUTE, MERGE
 
 # entries made at a time: on a CPU few enough for its cache, else for little memory beside the weights
 _CPU_BLOCK, _BLOCK = 1 << 17, 1 << 25
-_PARTS = ("weight", "delta", "masks", "scales", "correction_a", "correction_b")
+OWN_PARTS = ("masks", "scales", "correction_a", "correction_b")  # one slice for each expert
+PARTS = ("weight", "delta", *OWN_PARTS)
 _BIT_SHIFTS = tuple(range(8))
 _BYTES: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 
@@ -44,6 +45,11 @@ def _bits_of_bytes(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
 
 def _parameter(tensor: torch.Tensor, trained: bool = False) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=trained)
+
+
+def state_of(module: Any) -> dict[str, Any]:
+    """What a copy takes over: not what was made of the tensors here, since it has tensors of its own."""
+    return {name: {} if name in ("_kept", "_twins") else value for name, value in vars(module).items()}
 
 
 class Kept(NamedTuple):
@@ -129,7 +135,7 @@ class RoutedWeight:
     def _in_blocks(self) -> bool:
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.weight.is_meta:
             return False
-        parts = (self._parameters.get(name) for name in _PARTS)
+        parts = (self._parameters.get(name) for name in PARTS)
         return all(part is None or type(part) is nn.Parameter for part in parts)
 
     def _made(self, route: int) -> torch.Tensor:
@@ -168,16 +174,18 @@ class RoutedWeight:
         of_others: (id of θ₀, route) -> what another module with the same tensors holds, a tied head and embedding.
         """
         kept, of_others = {}, {} if of_others is None else of_others
-        # a rank sees its own piece of a divided weight only while its forward runs
+        # a rank has its own piece of a divided weight, and an offloaded one is there, only while its forward runs
         divided = any(hasattr(part, "placements") for part in self._parameters.values())
+        if self.delta is None or self.weight.is_meta or divided:
+            routes = ()
         with torch.no_grad():
             for route in routes:
-                if route == BASE_ROUTE or self.delta is None or self.weight.is_meta or divided:
-                    continue  # offloaded parts come anew in each forward: nothing to hold on to
+                if route == BASE_ROUTE:
+                    continue
                 key = id(self.weight), route
                 old = of_others.get(key, self._kept.get(route))
                 if old is None or not old.fresh(self._parameters):
-                    here = [(name, self._parameters.get(name)) for name in _PARTS]
+                    here = [(name, self._parameters.get(name)) for name in PARTS]
                     parts = tuple((n, part, part._version, part.data_ptr()) for n, part in here if part is not None)
                     old = Kept(self.route_weight(route), parts)
                 kept[route] = of_others[key] = old
@@ -192,5 +200,4 @@ class RoutedWeight:
         return super()._apply(fn, recurse)  # type: ignore[misc]
 
     def __getstate__(self):
-        # held weights belong to the tensors they were made from, which a copy has others of
-        return {**self.__dict__, "_kept": {}}
+        return state_of(self)

@@ -15,7 +15,7 @@ from torch import nn
 from configuration_mmer.routes_mmer import BASE_ROUTE, FIRST_EXPERT_ROUTE, MERGED_ROUTE
 
 from .route_plan_mmer import RoutePlan, current_plan, route_scope
-from .routed_weights_mmer import RoutedWeight
+from .routed_weights_mmer import RoutedWeight, state_of
 
 
 class RoutedLinear(RoutedWeight, nn.Linear):
@@ -28,8 +28,7 @@ class RoutedLinear(RoutedWeight, nn.Linear):
         return plan.routed(x, self._product)
 
     def _product(self, route: int, x: torch.Tensor) -> torch.Tensor:
-        bias = self.route_bias(route) if "expert_bias" in self._parameters else self.bias
-        return nn.functional.linear(x, self.route_weight(route), bias)
+        return nn.functional.linear(x, self.route_weight(route), self.route_bias(route))
 
     def route_bias(self, route: int) -> torch.Tensor | None:
         return route_tensor(self, "bias", route)
@@ -37,7 +36,7 @@ class RoutedLinear(RoutedWeight, nn.Linear):
 
 def route_tensor(module: Any, name: str, route: int) -> torch.Tensor | None:
     """A small tensor (norm weight, bias) as `route` has it: each expert's own, exactly."""
-    own = getattr(module, f"expert_{name}", None)
+    own = module._parameters.get(f"expert_{name}")
     if own is None or route == BASE_ROUTE:
         return getattr(module, name)
     return getattr(module, f"merged_{name}") if route == MERGED_ROUTE else own[route - FIRST_EXPERT_ROUTE]
@@ -135,15 +134,10 @@ def _routed_class(role: str, base: type) -> Any:
             "__module__": base.__module__,
             "stock_class": base,
             # the class is made at run time, so pickle and deepcopy rebuild it from its parent
-            "__reduce_ex__": lambda self, protocol: (_rebuild, (role, base), _state(self)),
+            "__reduce_ex__": lambda self, protocol: (_rebuild, (role, base), state_of(self)),
         }
         _ROUTED_CLASSES[role, base] = type(base.__name__, parents, body)
     return _ROUTED_CLASSES[role, base]
-
-
-def _state(module: nn.Module) -> dict[str, Any]:
-    """What a copy takes over: not what was made of the tensors here."""
-    return {name: {} if name in ("_kept", "_twins") else value for name, value in vars(module).items()}
 
 
 def _rebuild(role: str, base: type) -> nn.Module:

@@ -41,7 +41,7 @@ def test_the_footprint_by_route_is_all_there_is():
     assert sum(sizes.values()) == model.get_memory_footprint() and held > 0
 
 
-def test_blocks_of_rows_change_no_bit(monkeypatch):
+def test_blocks_of_rows_give_what_the_formula_gives(monkeypatch):
     for kind in KINDS:
         model = mmer_model(mmer_config(decoupling=kind))
         linear = model.model.language_model.layers[0].mlp.up_proj
