@@ -286,6 +286,12 @@ def size_of(x):
 
 
 @njit(**INLINE)
+def difference(theta, theta_0):
+    """θ - θ₀; +0 where they are equal, zeros of both signs too."""
+    return select(theta == theta_0, floats(np.float32(0.0)), theta - theta_0)
+
+
+@njit(**INLINE)
 def widened(patterns, fmt):
     """16-bit patterns -> the same numbers in fp32. The exponents of fp16 differ by 112: a product with 2^112 is exact,
     and makes subnormal numbers normal."""

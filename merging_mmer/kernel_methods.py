@@ -31,7 +31,7 @@ TIES, TASK_ARITHMETIC, EMR = 0, 1, 2
 
 
 @njit(**INLINE)
-def _trimmed(x, threshold, quota, left):
+def trimmed(x, threshold, quota, left):
     """(τ̂, the quota left): |τ| above the threshold, and the first `quota` of those equal to it.
 
     `left` entries lie before the end of the row. A threshold below 0 trims nothing.
@@ -86,7 +86,7 @@ def _mean(agreeing, counted):
 
 
 @njit(**INLINE)
-def _few(a, b, c, u, v, w, experts, alpha, method):
+def few(a, b, c, u, v, w, experts, alpha, method):
     """τ* of up to three experts with the entries a, b, c and the shares u <= v <= w, 0 for one that is not there."""
     x, y, z = a * u, b * v, c * w
     if experts > 2:  # sort
@@ -147,12 +147,12 @@ def few_experts(taus, order, thresholds, quotas, shares, alpha, method, fmt, raw
             if experts > 2:
                 c = load(taus, third + at, third + stop)
             if trims:
-                a, p = _trimmed(a, t, p, stop - at)
+                a, p = trimmed(a, t, p, stop - at)
                 if experts > 1:
-                    b, q = _trimmed(b, u, q, stop - at)
+                    b, q = trimmed(b, u, q, stop - at)
                 if experts > 2:
-                    c, s = _trimmed(c, v, s, stop - at)
-            _write(_few(a, b, c, x, y, z, experts, floats(alpha), method), fmt, raw, merged, at, stop)
+                    c, s = trimmed(c, v, s, stop - at)
+            _write(few(a, b, c, x, y, z, experts, floats(alpha), method), fmt, raw, merged, at, stop)
     quotas[0] = p
     if experts > 1:
         quotas[1] = q
@@ -178,7 +178,7 @@ def many_experts(taus, order, thresholds, quotas, shares, alpha, method, fmt, ra
                 first, i = order[e] * rows * columns, e * LANES
                 own = load(taus, first + at, first + stop)
                 if trims:
-                    own, quotas[e] = _trimmed(own, thresholds[e], quotas[e], stop - at)
+                    own, quotas[e] = trimmed(own, thresholds[e], quotas[e], stop - at)
                 store(entries, i, i + LANES, own)
                 store(terms, i, i + LANES, own * floats(shares[e]))
             source, target = 0, experts * LANES

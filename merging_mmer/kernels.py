@@ -11,16 +11,18 @@ import numpy as np
 from numba import njit
 
 from .kernel_bits import (  # isort: skip
-    BF16, FP16, FP32, LANES, bits, byte_of, conditions_of, count, counted, floats, inside, ints, load, nothing,
-    plus_products, select, size_of, snapped, store, total, wide, widened,
+    BF16, FP16, FP32, LANES, bits, byte_of, conditions_of, count, counted, difference, floats, inside, ints, load,
+    nothing, plus_products, select, size_of, snapped, store, total, wide, widened,
 )  # fmt: skip
 from .kernel_compiler import F32, F64, I64, INLINE, U8, U16, U32, array, check, kernel
 from .kernel_methods import EMR, TASK_ARITHMETIC, TIES, few_experts, many_experts
+from .kernel_rows import LATE, MOST, NO_SCALES, ROW_SCALES, Found, between, merge_rows
 
 __all__ = [
-    "BF16", "FP16", "FP32", "TIES", "TASK_ARITHMETIC", "EMR", "MASKED", "LOW_RANK", "STATIC", "widen", "task_vector",
-    "count_broken", "histogram", "collect", "count_equal", "merge_block", "mask_block", "measure_block",
-    "residual_block", "conflicts_block", "energy_block",
+    "BF16", "FP16", "FP32", "LANES", "MOST", "TIES", "TASK_ARITHMETIC", "EMR", "MASKED", "LOW_RANK", "STATIC",
+    "NO_SCALES", "ROW_SCALES", "LATE", "Found", "widen", "task_vector", "count_broken", "histogram", "collect",
+    "count_equal", "between", "merge_block", "mask_block", "measure_block", "residual_block", "conflicts_block",
+    "energy_block", "merge_rows",
 ]  # fmt: skip
 
 MASKED, LOW_RANK, STATIC = 0, 1, 2
@@ -65,12 +67,6 @@ def count_broken(raw: np.ndarray, fmt: int) -> int:
     return _count_broken(raw.view(np.uint32) if fmt == FP32 else raw, _EXPONENTS[fmt])
 
 
-@njit(**INLINE)
-def _difference(theta, theta_0):
-    """θ - θ₀; +0 where they are equal, zeros of both signs too."""
-    return select(theta == theta_0, floats(np.float32(0.0)), theta - theta_0)
-
-
 @kernel((array(2, U16), array(2, U16), I64, I64, array(2, F32, True)))
 def _task_vector_16(theta, theta_0, fmt, special, out):
     check(theta.shape == theta_0.shape and theta.shape == out.shape)
@@ -78,7 +74,7 @@ def _task_vector_16(theta, theta_0, fmt, special, out):
     for at in range(0, stop, LANES):
         raw = load(theta, at, stop)
         broken += count(raw & ints(special) == ints(special))
-        store(out, at, stop, _difference(widened(raw, fmt), widened(load(theta_0, at, stop), fmt)))
+        store(out, at, stop, difference(widened(raw, fmt), widened(load(theta_0, at, stop), fmt)))
     return broken
 
 
@@ -89,7 +85,7 @@ def _task_vector_32(theta, theta_0, special, out):
     for at in range(0, stop, LANES):
         x = load(theta, at, stop)
         broken += count(bits(x) & ints(special) == ints(special))
-        store(out, at, stop, _difference(x, load(theta_0, at, stop)))
+        store(out, at, stop, difference(x, load(theta_0, at, stop)))
     return broken
 
 

@@ -77,10 +77,9 @@ class MatrixWork:
         self.late = self.masked and (self.rank > 0 or self.scale == "tensor")
         self.taus = [TaskRows(expert, name, self.theta_0, job.tokens) for expert in job.experts]
         count, self.width = len(job.experts), -(-self.columns // 8)
-        self.sums = [np.zeros((self.rows, _SUMS)) for _ in range(count)]
-        self.fits = [np.zeros((self.rows, 2)) for _ in range(count)]
+        self.sums, self.fits = np.zeros((count, self.rows, _SUMS)), np.zeros((count, self.rows, 2))
         # s as it is stored, one for each row, also where it is one for the tensor; none without scales
-        self.scales = [np.empty(0 if self.scale == "none" else self.rows, np.float32) for _ in range(count)]
+        self.scales = np.empty((count, 0 if self.scale == "none" else self.rows), np.float32)
         self.entries = job.block // (count + 2)
         self.conflicts = np.zeros((self.rows, 2), np.int64)
         self.energy = np.zeros(self.rows)
@@ -94,10 +93,14 @@ class MatrixWork:
         return np.float32 if self.format == kernels.FP32 else np.uint16
 
     def blocks(self) -> Iterator[slice]:
-        for rows in rows_of_blocks(self.rows, self.columns, self.entries):
+        """With room for all arrays in fp32."""
+        return self._blocks(0, self.rows, self.entries)
+
+    def _blocks(self, first: int, last: int, entries: int) -> Iterator[slice]:
+        for rows in rows_of_blocks(last - first, self.columns, entries):
             if self.job.stop.is_set():
                 raise Stopped(self.name)
-            yield rows
+            yield slice(first + rows.start, first + rows.stop)
 
     def run(self) -> Measurement:
         """Write the matrix's parts, but θ₀; what was measured."""
@@ -112,8 +115,9 @@ class MatrixWork:
                 density = self.recipe.density(expert)
                 self.thresholds[i], self.quotas[i] = threshold_of(self.taus[i], self.blocks(), density)
         self.products = self._exact_products() if self.kind == "exact" else []
-        for rows in self.blocks():
-            self.merge(rows)
+        if not self.merge_dense():
+            for rows in self.blocks():
+                self.merge(rows)
         for i in range(len(names)):
             if self.masked:
                 self.finish_scale(i)
@@ -128,6 +132,47 @@ class MatrixWork:
         weights = [self.recipe.experts[expert.name].weight for expert in self.job.experts]
         plain = self.recipe.method.name == "task_arithmetic"
         return np.array(weights if plain else relative(weights, len(weights)), np.float32)
+
+    @cached_property
+    def _lams(self) -> np.ndarray:
+        return np.array([self.recipe.lam(expert.name) for expert in self.job.experts], np.float32)
+
+    def merge_dense(self) -> bool:
+        """All rows by one kernel, where every expert lies in its file as it is; whether that is so."""
+        thetas = [theta for tau in self.taus if (theta := tau.patterns(self.format)) is not None]
+        if not self.masked or len(thetas) < len(self.taus) or len(thetas) > kernels.MOST:
+            return False
+        first, theta_0, size = 0, raw(self.theta_0), max(1, self.job.block // self.columns)
+        self._shorts = np.empty((min(self.rows, size), self.columns), np.uint16)
+        self._bytes = np.empty(len(thetas) * len(self._shorts) * self.width, np.uint8)
+        for last in sorted({*(tau.rows for tau in self.taus), self.rows}):
+            # rows behind an expert's own are no change of the base
+            own = [theta if last <= tau.rows else theta_0 for theta, tau in zip(thetas, self.taus, strict=True)]
+            for rows in self._blocks(first, last, self.job.block):
+                self._merge_raw(theta_0, own, rows)
+            first = last
+        return True
+
+    def _merge_raw(self, theta_0: np.ndarray, thetas: Sequence[np.ndarray], rows: slice):
+        count, size = len(thetas), rows.stop - rows.start
+        kind = {"row": kernels.ROW_SCALES, "none": kernels.NO_SCALES}[self.scale] if not self.late else kernels.LATE
+        delta = self.merged_raw[rows] if self.late else self._shorts[:size]
+        packed = self._bytes[: count * size * self.width].reshape(count, size, self.width)
+        kernels.merge_rows(
+            theta_0, thetas, rows.start, self.thresholds, self.quotas, self._shares, self._lams,
+            self.recipe.method.alpha, METHODS.index(self.recipe.method.name), self.format, kind, delta, packed,
+            kernels.Found(self.fits, self.sums, self.scales, self.conflicts, self.energy),
+        )  # fmt: skip
+        self.job.files.write(f"{self.prefix}.delta", delta, delta.strides[0] * rows.start)
+        for i in range(count):
+            self._write_mask(i, rows, packed[i])
+            if self.late:
+                self.bits[i][rows] = packed[i]
+                if self.scale == "row":
+                    self.scales[i][rows] = self._fit(*self.fits[i][rows].T)
+
+    def _write_mask(self, i: int, rows: slice, packed: np.ndarray):
+        self.job.files.write(f"{self.prefix}.masks", packed, (i * self.rows + rows.start) * self.width)
 
     @cached_property
     def _room(self) -> np.ndarray:
@@ -164,10 +209,9 @@ class MatrixWork:
                 self.measure(i, rows, tau, theta_0, merged, _NO_BITS, _NO_MATRIX, kernels.STATIC)
 
     def mask(self, i: int, rows: slice, tau: np.ndarray, merged: np.ndarray, theta_0: np.ndarray):
-        name = self.job.experts[i].name
         packed = self.bits[i][rows] if self.late else np.empty((rows.stop - rows.start, self.width), np.uint8)
-        kernels.mask_block(tau, merged, self.recipe.lam(name), packed, self.fits[i][rows])
-        self.job.files.write(f"{self.prefix}.masks", packed, (i * self.rows + rows.start) * self.width)
+        kernels.mask_block(tau, merged, float(self._lams[i]), packed, self.fits[i][rows])
+        self._write_mask(i, rows, packed)
         if self.scale == "row":
             self.scales[i][rows] = self._fit(*self.fits[i][rows].T)
         if not self.late:

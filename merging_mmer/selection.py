@@ -1,12 +1,15 @@
-"""The exact threshold of trimming, in two passes over the task vector and without sorting it.
+"""The exact threshold of trimming, without sorting the task vector.
 
 Enters: rows of τ, of one tensor or of all tensors of an expert. Leaves: the k-th largest |τ| and how many of the
-entries equal to it are kept. Pass one counts the upper 16 bits of |τ| as fp32, which are ordered as integers are; pass
-two counts the lower 16 bits inside the bin where the k-th entry lies. Invariant: exactly k = ⌈density · n⌉ entries are
-above the threshold or among the kept ones, whatever the blocks and threads.
+entries equal to it are kept. Where a sample can be had, it says between which two magnitudes the k-th will lie, and
+one pass counts what is above them and takes out what is between them. Where there is none, or it misled, it takes two
+passes: the first counts the upper 16 bits of |τ| as fp32, which are ordered as integers are, the second the lower 16
+bits inside the bin where the k-th entry lies. Invariant: exactly k = ⌈density · n⌉ entries are above the threshold or
+among the kept ones, whatever the sample, the blocks and the threads.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -17,6 +20,10 @@ from . import kernels
 from .ties import kept_count
 
 _UPPER, _LOW_BITS = 1 << 15, 16
+# how far the k-th entry may lie from its place in the sample, in standard deviations of that place
+_DEVIATIONS = 5
+# the part of a tensor that is taken out at most
+_TAKEN = 1 / 8
 
 
 class Rows(Protocol):
@@ -25,6 +32,16 @@ class Rows(Protocol):
     shape: torch.Size
 
     def into(self, rows: slice, out: np.ndarray): ...
+
+
+class SampledRows(Rows, Protocol):
+    """With a sample of the |τ| of the first `rows` rows, or an empty one. τ is 0 behind those rows."""
+
+    rows: int
+
+    def sample(self) -> np.ndarray: ...
+
+    def between(self, rows: slice, low: float, high: float, found: np.ndarray, counts: np.ndarray): ...
 
 
 def blocks_of(tau: Rows, blocks: Iterable[slice]) -> Iterator[np.ndarray]:
@@ -77,13 +94,55 @@ class Lower:
         return float(bits.view(np.float32)[0]), ties
 
 
-def threshold_of(tau: Rows, blocks: Iterable[slice], density: float) -> tuple[float, int]:
+def threshold_of(tau: SampledRows, blocks: Iterable[slice], density: float) -> tuple[float, int]:
     """(threshold, ties) for one tensor; (-1, 0) where nothing is trimmed."""
     if density == 1:
         return -1.0, 0
     blocks = list(blocks)
+    if (found := _by_sample(tau, blocks, kept_count(math.prod(tau.shape), density))) is not None:
+        return found
     bin_, needed = Upper().count(blocks_of(tau, blocks)).bin(density)
     return Lower(bin_).count(blocks_of(tau, blocks)).threshold(needed)
+
+
+def _by_sample(tau: SampledRows, blocks: Sequence[slice], kept: int) -> tuple[float, int] | None:
+    """(threshold, ties) by one pass, or None where there is no sample or the threshold is not where it says."""
+    entries, sample = tau.rows * tau.shape[1], tau.sample()
+    if not len(sample) or kept >= entries:
+        return None
+    low, high = _bracket(sample, kept / entries)
+    counts, taken, space = np.zeros(4, np.int64), [], np.empty(0, np.float32)
+    above = on_high = on_low = within = 0
+    for rows in blocks:
+        size = (rows.stop - rows.start) * tau.shape[1]
+        if len(space) <= size:
+            space = np.empty(size + 1, np.float32)
+        tau.between(rows, low, high, space, counts)
+        above, on_high, on_low = above + int(counts[0]), on_high + int(counts[1]), on_low + int(counts[2])
+        within += int(counts[3])
+        taken.append(space[: counts[3]].copy())
+        if within > _TAKEN * entries + len(sample):
+            return None
+    needed = kept - above
+    if 0 < needed <= on_high:
+        return high, needed
+    needed -= on_high
+    if 0 < needed <= within:
+        values = np.concatenate(taken)
+        threshold = np.partition(values, within - needed)[within - needed]
+        return float(threshold), needed - int((values > threshold).sum())
+    needed -= within
+    return (low, needed) if low < high and 0 < needed <= on_low else None
+
+
+def _bracket(sample: np.ndarray, share: float) -> tuple[float, float]:
+    """Two magnitudes; the one that `share` of all entries are above or at lies between them, nearly always."""
+    count = len(sample)
+    middle = share * count
+    far = _DEVIATIONS * math.sqrt(middle * (1 - share)) + 2
+    first, last = int(middle - far), int(middle + far)  # places, counted from the largest
+    ordered = np.sort(sample)[::-1]
+    return float(ordered[last]) if last < count else 0.0, float(ordered[first]) if middle > far else math.inf
 
 
 def model_threshold(taus: Callable[[], Iterable[torch.Tensor]], density: float) -> tuple[float, int]:

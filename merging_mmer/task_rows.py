@@ -20,6 +20,8 @@ FORMATS = {torch.bfloat16: kernels.BF16, torch.float16: kernels.FP16, torch.floa
 SLAB = 64
 _LOOK = 1 << 18
 _NONE = np.empty((0, 0), np.float32)
+# a sample: lines of neighbours, spread over the matrix
+_LINE, _LINES = 32, 1 << 10
 
 
 def raw(tensor: torch.Tensor) -> np.ndarray:
@@ -88,6 +90,30 @@ class TaskRows:
         self._raw_0: np.ndarray = _NONE if self._format is None else raw(theta_0)
         factors = expert.factors(name)
         self._product = None if factors is None else ProductRows(*factors)
+
+    def patterns(self, fmt: int) -> np.ndarray | None:
+        """θ as the kernels of kernel_rows.py take it, its first `rows` rows those of τ, or None: for one that lies
+        in its file whole, as θ₀ does, in the 16-bit format `fmt`."""
+        fits = self._product is None and self._theta is not None and self._format == fmt != kernels.FP32
+        return self._raw if fits and self.shape[1] % kernels.LANES == 0 else None
+
+    def sample(self) -> np.ndarray:
+        """Some |τ| of the first `rows` rows, the same at every call; none where only all of τ can be had."""
+        if self._format is None or (theta := self.patterns(self._format)) is None:
+            return _NONE.reshape(-1)
+        count = self.rows * self.shape[1] // _LINE
+        step = max(1, count // _LINES)
+        places = np.arange(count // step) * step
+        places += np.arange(len(places)) * 7919 % step  # a fixed step may be a multiple of the columns
+        own, base = (of.reshape(-1)[: count * _LINE].reshape(-1, _LINE)[places] for of in (theta, self._raw_0))
+        out = np.empty(own.shape, np.float32)
+        kernels.task_vector(own, base, self._format, out)
+        return np.abs(out).reshape(-1)
+
+    def between(self, rows: slice, low: float, high: float, found: np.ndarray, counts: np.ndarray):
+        """`kernels.between` of those of `rows` that are among the first `rows`; only where there is a sample."""
+        own = slice(rows.start, max(rows.start, min(rows.stop, self.rows)))
+        kernels.between(self._raw[own], self._raw_0[own], self._format, low, high, found, counts)
 
     def into(self, rows: slice, out: np.ndarray):
         """τ of `rows` into `out` (rows, columns), fp32."""

@@ -10,12 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merging_mmer import workers
+from merging_mmer import selection, task_rows, workers
 from merging_mmer.experts import Base, open_expert
 from merging_mmer.matrices import rows_of_blocks
 from merging_mmer.recipe import ExpertRecipe
 from merging_mmer.selection import shares_of_ties, threshold_of
-from merging_mmer.task_rows import ProductRows, TaskRows
+from merging_mmer.task_rows import FORMATS, ProductRows, TaskRows
 from merging_mmer.tensor_work import TensorWork
 
 from . import tiny_checkpoints as tiny
@@ -99,11 +99,36 @@ def test_another_shape_is_refused(tmp_path):
 
 class Given:
     def __init__(self, values):
-        self.values = torch.tensor(values, dtype=torch.float32)
-        self.shape = self.values.shape
+        self.values = torch.as_tensor(values, dtype=torch.float32)
+        self.shape, self.rows = self.values.shape, len(values)
 
     def into(self, rows, out):
         out[:] = self.values[rows].numpy()
+
+    def sample(self):
+        return np.empty(0, np.float32)
+
+
+class Sampled(Given):
+    """With a sample that may be of anything."""
+
+    def __init__(self, values, sample):
+        super().__init__(values)
+        self.drawn, self.passes = np.abs(np.array(sample, np.float32)), []
+
+    def into(self, rows, out):
+        self.passes.append("fp32")
+        super().into(rows, out)
+
+    def sample(self):
+        return self.drawn
+
+    def between(self, rows, low, high, found, counts):
+        self.passes.append("raw")
+        sizes = [abs(float(value)) for value in self.values[rows].flatten()]
+        within = [size for size in sizes if low < size < high]
+        found[: len(within)] = within
+        counts[:] = sum(s > high for s in sizes), sizes.count(high), sizes.count(low), len(within)
 
 
 @st.composite
@@ -125,6 +150,55 @@ def test_the_threshold_keeps_what_a_sort_keeps(values, density, size):
     ordered = sorted(magnitudes, reverse=True)
     assert threshold == ordered[kept - 1]
     assert ties == ordered[:kept].count(threshold)
+
+
+@given(matrices(), st.floats(0.01, 0.99), st.integers(1, 20), st.integers(0, 3), st.sampled_from([0, 1, 5]))
+@settings(deadline=None, max_examples=150)
+def test_the_threshold_is_right_whatever_the_sample(values, density, size, of, deviations):
+    whole = [value for row in values for value in row]
+    tau = Sampled(values, (whole, whole[:1], whole[::3], [0.5, 2.0])[of])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "_DEVIATIONS", deviations)
+        found = threshold_of(tau, rows_of_blocks(*tau.shape, size), density)
+    assert found == threshold_of(Given(values), rows_of_blocks(*tau.shape, size), density)
+
+
+def test_one_pass_is_enough_with_a_good_sample():
+    rng = np.random.default_rng(0)
+    values = rng.normal(0, 1, (64, 500)).astype(np.float32)
+    tau = Sampled(values, rng.permutation(values.ravel())[:4000])
+    expected = float(np.sort(np.abs(values).ravel())[-6400]), 1
+    assert threshold_of(tau, rows_of_blocks(64, 500, 5000), 0.2) == expected
+    assert set(tau.passes) == {"raw"}
+    tau = Sampled(values, rng.permutation(values.ravel())[:4000] / 2)  # of another tensor
+    assert threshold_of(tau, rows_of_blocks(64, 500, 5000), 0.2) == expected
+    assert "fp32" in tau.passes
+
+
+@pytest.mark.parametrize("dtypes", [("bfloat16",) * 2, ("float16",) * 2, ("float32",) * 2, ("float16", "bfloat16")])
+def test_samples_are_of_the_rows_that_are_the_bases(tmp_path, monkeypatch, dtypes):
+    of_base, of_expert = (getattr(torch, name) for name in dtypes)
+    monkeypatch.setattr(task_rows, "_LINES", 8)
+    model = tiny.base_model(dtype=of_base)
+    base = Base(str(tiny.save(model, tmp_path / "base")))
+    trained = tiny.expert_model("llava", model, seed=1, extra_rows=2, noise=0.01).to(of_expert)
+    expert = open_expert("own", ExpertRecipe(model=str(tiny.save(trained, tmp_path / "expert"))), base)
+    tokens = len(base_tokenizer())
+    for name in base.delta_weights:
+        theta_0 = base.tensor(name)
+        rows, tau = TaskRows(expert, name, theta_0, tokens), expert.task_vector(name, theta_0, tokens)
+        sample, own = rows.sample(), tau[: rows.rows].abs()
+        assert np.array_equal(sample, rows.sample())
+        if "float32" in dtypes or of_base != of_expert:
+            assert not len(sample) and all(rows.patterns(fmt) is None for fmt in FORMATS.values())
+            continue
+        assert len(sample) >= min(8 * 32, own.numel() // 32 * 32) and set(sample) <= set(own.flatten().tolist())
+        last, counts = slice(len(theta_0) - 7, len(theta_0)), np.empty(4, np.int64)
+        rows.between(last, 0.0, math.inf, np.empty(7 * rows.shape[1] + 1, np.float32), counts)
+        assert counts.sum() == own[last.start :].numel() and counts[3] == int((own[last.start :] != 0).sum())
+        for density in (0.05, 0.5, 0.999):
+            found = threshold_of(rows, rows_of_blocks(*rows.shape, 300), density)
+            assert found == threshold_of(Given(tau), [slice(0, len(tau))], density)
 
 
 def test_nothing_is_trimmed_at_density_1():
