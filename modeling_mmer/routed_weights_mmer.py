@@ -18,6 +18,7 @@ from configuration_mmer.routes_mmer import BASE_ROUTE, FIRST_EXPERT_ROUTE, MERGE
 _CPU_BLOCK, _BLOCK = 1 << 17, 1 << 25
 OWN_PARTS = ("masks", "scales", "correction_a", "correction_b")  # one slice for each expert
 PARTS = ("weight", "delta", *OWN_PARTS)
+_TRITON_DEVICES = ("cuda",)
 _BIT_SHIFTS = tuple(range(8))
 _BYTES: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 
@@ -49,7 +50,8 @@ def _parameter(tensor: torch.Tensor, trained: bool = False) -> nn.Parameter:
 
 def state_of(module: Any) -> dict[str, Any]:
     """What a copy takes over: not what was made of the tensors here, since it has tensors of its own."""
-    return {name: {} if name in ("_kept", "_twins") else value for name, value in vars(module).items()}
+    made = {"_kept": {}, "_twins": {}, "_triton_parts": None}
+    return {name: made.get(name, value) for name, value in vars(module).items()}
 
 
 class Kept(NamedTuple):
@@ -82,6 +84,7 @@ class RoutedWeight:
     correction_b: Any
     _parameters: dict[str, Any]
     _kept: dict[int, Kept]
+    _triton_parts: Any = None
 
     def add_routes_(self, experts: int, kind: str, scale: str, rank: int):
         rows, columns = self.weight.shape
@@ -141,6 +144,10 @@ class RoutedWeight:
     def _made(self, route: int) -> torch.Tensor:
         """`_sum` of all rows, without gradients: block by block, few passes, no temporary of the whole size."""
         weight, delta = self.weight.detach(), self.delta.detach()
+        if (parts := self.triton_parts(weight)) is not None:
+            from .routed_triton_mmer import made_weight
+
+            return made_weight(parts, route)
         exact = torch.promote_types(weight.dtype, torch.float32)
         made = torch.empty_like(weight)
         expert = -1 if route == MERGED_ROUTE or self.routed_kind == "none" else route - FIRST_EXPERT_ROUTE
@@ -167,6 +174,22 @@ class RoutedWeight:
                 own.add_(b[rows] @ a)
             made[rows] = own
         return made
+
+    def triton_parts(self, x: torch.Tensor) -> Any:
+        """This weight's parts as the Triton kernels take them, or None where they can not, or not with `x`."""
+        if x.device.type not in _TRITON_DEVICES or self.delta is None or not self._in_blocks():
+            return None
+        # only a machine with a GPU has a reason to import Triton
+        from .routed_triton_mmer import RouteParts, available
+
+        parts = [part for name in PARTS if (part := self._parameters.get(name)) is not None]
+        dtypes = {part.dtype for part in parts} - {torch.uint8}
+        plain = all(part.is_contiguous() and part.device == x.device for part in parts)
+        if dtypes != {x.dtype} or not plain or not available(x):
+            return None
+        if self._triton_parts is None or not self._triton_parts.of_these(parts):
+            self._triton_parts = RouteParts.of(self)
+        return self._triton_parts
 
     def keep_(self, routes: Iterable[int], of_others: dict[tuple[int, int], Kept] | None = None):
         """Hold the weights of `routes` and drop all others. Used without gradients only, and never after a change.
@@ -196,7 +219,8 @@ class RoutedWeight:
         return 0 if self.delta is None else self.weight.nbytes
 
     def _apply(self, fn, recurse=True):
-        self._kept = {}  # a move or a cast makes new tensors; a kept weight would stay behind
+        # a move or a cast makes new tensors; what was made of the old ones would stay behind
+        self._kept, self._triton_parts = {}, None
         return super()._apply(fn, recurse)  # type: ignore[misc]
 
     def __getstate__(self):

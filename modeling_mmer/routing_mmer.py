@@ -17,6 +17,9 @@ from configuration_mmer.routes_mmer import BASE_ROUTE, FIRST_EXPERT_ROUTE, MERGE
 from .route_plan_mmer import RoutePlan, current_plan, route_scope
 from .routed_weights_mmer import RoutedWeight, state_of
 
+# up to so many, reading a weight is what a product takes: on a GPU it is made inside of the product then
+FEW_TOKENS = 64
+
 
 class RoutedLinear(RoutedWeight, nn.Linear):
     """nn.Linear with a weight (and a bias, where experts changed it) for each route."""
@@ -28,6 +31,11 @@ class RoutedLinear(RoutedWeight, nn.Linear):
         return plan.routed(x, self._product)
 
     def _product(self, route: int, x: torch.Tensor) -> torch.Tensor:
+        few = route != BASE_ROUTE and route not in self._kept and x.shape[:-1].numel() <= FEW_TOKENS
+        if few and (parts := self.triton_parts(x)) is not None:
+            from .routed_triton_mmer import routed_linear
+
+            return routed_linear(x, parts, route, self.route_bias(route))
         return nn.functional.linear(x, self.route_weight(route), self.route_bias(route))
 
     def route_bias(self, route: int) -> torch.Tensor | None:

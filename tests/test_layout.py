@@ -20,8 +20,8 @@ HOME = [*ORDER[3:5], "hub_cards"]
 SOURCES = sorted(path for room in [*ROOMS, *HOME] for path in (ROOT / room).rglob("*.py")) + [ROOT / "mmer.py"]
 SHIPPED_MAY_IMPORT = {"torch", "transformers", "numpy", "safetensors", *sys.stdlib_module_names}
 # read only when such a file is opened, inside a function, with a message that says what to install; huggingface_hub,
-# which transformers itself depends on, only when something is pushed
-OPENED_LAZILY = {"PIL", "soundfile", "soxr", "av", "trimesh", "huggingface_hub"}
+# which transformers itself depends on, only when something is pushed; triton only where its kernels can run
+OPENED_LAZILY = {"PIL", "soundfile", "soxr", "av", "trimesh", "huggingface_hub", "triton"}
 
 
 def room_of(path: Path) -> str:
