@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from configuration_mmer import MMERConfig
     from hub_cards import write_card
     from merging_mmer import MergeReport
+    from merging_mmer.exporting import export_route
     from merging_mmer.inspection import Inspection, inspect
     from merging_mmer.verification import Check, Verification, verify
     from modeling_mmer import MMERForConditionalGeneration
@@ -41,6 +42,7 @@ __all__ = [
     "Recipe",
     "Verification",
     "add",
+    "export_route",
     "inspect",
     "merge",
     "remove",
@@ -55,6 +57,7 @@ _HOMES = {
     "MMERProcessor": "processing_mmer",
     "MergeReport": "merging_mmer",
     "Verification": "merging_mmer.verification",
+    "export_route": "merging_mmer.exporting",
     "inspect": "merging_mmer.inspection",
     "verify": "merging_mmer.verification",
     "write_card": "hub_cards",
@@ -263,6 +266,24 @@ def card(
     """Write the model card of a merged folder anew."""
     with _plain_errors():
         console.print(_imported("hub_cards", "write_card")(folder, repo))
+
+
+@app.command("export")
+def export_command(
+    folder: Annotated[str, _FOLDER],
+    out: Annotated[Path, typer.Argument(help="the folder to make")],
+    route: Annotated[str, typer.Option(help="base, merged, or an expert's name")],
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; as stored when absent")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="size of a weight file")] = "2GB",
+    overwrite: Annotated[bool, typer.Option(help="replace what is in the folder")] = False,
+    llm_only: Annotated[bool, typer.Option("--llm-only", help="an expert's language model without its tower")] = False,
+):
+    """Write one route of a merged folder as a stock checkpoint, which needs no code of ours."""
+    with _plain_errors():
+        made = _imported("merging_mmer.exporting", "export_route")(
+            folder, route, out, dtype, max_shard_size, overwrite, llm_only
+        )
+    console.print(escape(str(made)), highlight=False)
 
 
 @app.command("inspect")
