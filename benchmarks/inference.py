@@ -5,13 +5,14 @@
     python benchmarks/inference.py --subject 1b --only decode prefill --batch 1 --prompt 512
     python benchmarks/inference.py --subject lab --profile      # where the time of a decoding step goes
 
-`decode`, `prefill` and `first token` run in this process, ours and plain in turn and each round starting with another,
-after one run of each that is not counted; `load` runs in fresh processes, with the files in the page cache. Ratios,
-ours over plain, are taken round by round: of rates (tokens a second, more is better), of seconds, bytes, and seconds a
-gigabyte. *plain* is the base by its stock class, or the first expert by its own (`original`), of which the random
-subjects have the base's tensors; beside it stands what is aimed at. A kept route's weights are made beforehand, a
-packed one's in the forward. `growth` repeats decode, packed prefill, memory and load on random models of the subject's
-shape with ever more experts. `memory` counts the language models alone, `load` all that is loaded.
+`decode`, `prefill` and `first token` run in this process, ours and plain in turn (decode: a step of each in turn),
+each round starting with another, after one run of each that is not counted; `load` runs in fresh processes, with the files
+in the page cache. Ratios, ours over plain, are taken round by round: of rates (tokens a second, more is better), of
+seconds, bytes, and seconds a gigabyte. *plain* is the base by its stock class, or the first expert by its own
+(`original`), of which the random subjects have the base's tensors; beside it stands what is aimed at. A kept route's
+weights are made beforehand, a packed one's in the forward. `growth` repeats decode, packed prefill, memory and load on
+random models of the subject's shape with ever more experts. `memory` counts the language models alone, `load` all that
+is loaded. `--clock cpu` counts the processor's seconds of this process, for a machine that others use.
 """
 
 import argparse
@@ -24,7 +25,6 @@ import shutil
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,17 +33,21 @@ from typing import Any
 import torch
 from inference_memory import load, memory
 from inference_rows import (
+    CLOCKS,
     Way,
-    decode_rate,
+    decode_rates,
     first_token,
     generated,
     in_turn,
     keep,
+    now,
     prefill_rate,
+    rotated,
     row,
     rows,
     show,
     synchronise,
+    use_clock,
 )
 from inference_subjects import LAB, Subject, lab, lab_folders, lengthened, random_folders, random_subject
 from merge_speed import machine
@@ -72,6 +76,7 @@ class Setting:
     dtype: torch.dtype
     device: str
     folder: Path
+    clock: str = "wall"
 
 
 # the sections
@@ -93,16 +98,13 @@ def decode(subject: Subject, setting: Setting, kinds: Iterable[str] = ("base", "
             if made is None:
                 continue
             plain = subject.text(batch, made["input_ids"].shape[1])
-            runs = {
-                "ours": lambda: decode_rate(ours, made, setting.new),
-                "base": lambda: decode_rate(base, plain, setting.new),
-            }
+            runs = {"ours": (ours, made), "base": (base, plain)}
             if kind == "one":
-                own = subject.original_prompt(batch)
-                runs["original"] = lambda: decode_rate(original, own, setting.new)
+                runs["original"] = original, subject.original_prompt(batch)
             names = {"base": "text", "one": f"{subject.experts[0]}, text", "merged": "several media, text"}
             way = Way("decode", names[kind], "", "tokens/s", len(subject.experts), batch, plain["input_ids"].shape[1])
-            yield from rows(way, in_turn(runs, setting.rounds), {"base": "≥ 0.97"})
+            aims = {"base": "≥ 0.97"}
+            yield from rows(way, rotated(lambda turned: decode_rates(turned, setting.new), runs, setting.rounds), aims)
 
 
 def prefill(subject: Subject, setting: Setting, states: Iterable[str] = ("base", "kept", "packed")) -> Iterator[dict]:
@@ -142,10 +144,10 @@ def first_tokens(subject: Subject, setting: Setting) -> Iterator[dict]:
         def sum_of_parts() -> float:
             with torch.no_grad():
                 synchronise(ours)
-                started = time.perf_counter()
+                started = now()
                 ours.model.embed_media(inputs["input_ids"], ours.model.media_inputs(dict(inputs)))
                 synchronise(ours)
-            return time.perf_counter() - started + first_token(base, plain)
+            return now() - started + first_token(base, plain)
 
         for state in ("kept", "packed"):
 
@@ -176,7 +178,7 @@ def growth(setting: Setting, experts: list[int]) -> Iterator[dict]:
 def from_disk(shape: str, number: int, setting: Setting) -> list[dict]:
     base, merged = random_folders(shape, number, setting.folder)
     gc.collect()
-    found = list(load(base, merged, setting.rounds, setting.folder / "modules"))
+    found = list(load(base, merged, setting.rounds, setting.folder / "modules", setting.clock))
     shutil.rmtree(merged.parent)
     return found
 
@@ -189,7 +191,7 @@ def profile(subject: Subject, setting: Setting):
     prompt = subject.prompt(1)
     sides = {"ours": (subject.ours, prompt), "base": (subject.base, subject.text(1, prompt["input_ids"].shape[1]))}
     for name, (model, inputs) in sides.items():
-        rates = [decode_rate(model, inputs, setting.new) for _ in range(1 + setting.rounds)][1:]
+        rates = rotated(lambda one: decode_rates(one, setting.new), {name: (model, inputs)}, setting.rounds)[name]
         print(f"\n{name}: {1e3 / statistics.median(rates):.2f} ms a step; calls of {setting.new + 1} steps in all")
         calls = cProfile.Profile()
         calls.runcall(generated, model, inputs, setting.new + 1)
@@ -213,7 +215,7 @@ def measured(setting: Setting, only: list[str], experts: list[int]) -> Iterator[
     gc.collect()
     if "load" in only:
         if setting.subject == "lab":
-            yield from load(*lab_folders(setting.folder), setting.rounds, setting.folder / "modules")
+            yield from load(*lab_folders(setting.folder), setting.rounds, setting.folder / "modules", setting.clock)
         else:
             yield from from_disk(setting.subject, EXPERTS, setting)
     if "growth" in only:
@@ -237,6 +239,9 @@ def main():
     parser.add_argument("--experts", nargs="+", type=int, default=[1, 2, 4, 8], help="of growth (default: 1 2 4 8)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument(
+        "--clock", default="wall", choices=list(CLOCKS), help="cpu: this process's own seconds, on a machine of many"
+    )
     parser.add_argument("--folder", type=Path, help="where models are made, the lab's kept (default: a temporary one)")
     parser.add_argument("--profile", action="store_true", help="only print where the time of a decoding step goes")
     parser.add_argument("--json", type=Path, help="put the rows into this file, in place of older ones of their kind")
@@ -248,6 +253,9 @@ def main():
         usual[name] = getattr(arguments, name) or usual[name]
     if min(arguments.rounds, usual["new"], *usual["batch"], *usual["prompt"], *arguments.experts) < 1:
         parser.error("--rounds, --new, --batch, --prompt and --experts: expected 1 or more")
+    if arguments.clock == "cpu" and arguments.device != "cpu":
+        parser.error(f"--clock cpu counts no work of {arguments.device}: leave it out")
+    use_clock(arguments.clock)
     disable_progress_bar()
     where = {**machine(), "threads": torch.get_num_threads(), "device": arguments.device}
     if arguments.device != "cpu":
@@ -257,14 +265,20 @@ def main():
         folder.mkdir(parents=True, exist_ok=True)
         dtype = getattr(torch, arguments.dtype)
         setting = Setting(
-            arguments.subject, arguments.rounds, **usual, dtype=dtype, device=arguments.device, folder=folder
+            arguments.subject,
+            arguments.rounds,
+            **usual,
+            dtype=dtype,
+            device=arguments.device,
+            folder=folder,
+            clock=arguments.clock,
         )
         if arguments.profile:
             profile(made(setting), setting)
             return
         found = []
         for entry in measured(setting, arguments.only, arguments.experts):
-            found.append({"subject": arguments.subject, "dtype": arguments.dtype, **entry})
+            found.append({"subject": arguments.subject, "dtype": arguments.dtype, "clock": arguments.clock, **entry})
             if arguments.json:
                 keep(arguments.json, {"machine": where, "rows": found})
     Console(width=180).print(show(found))
