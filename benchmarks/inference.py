@@ -6,9 +6,9 @@
     python benchmarks/inference.py --subject lab --profile      # where the time of a decoding step goes
 
 `decode`, `prefill` and `first token` run in this process, ours and plain in turn (decode: a step of each in turn),
-each round starting with another, after one run of each that is not counted; `load` runs in fresh processes, with the files
-in the page cache. Ratios, ours over plain, are taken round by round: of rates (tokens a second, more is better), of
-seconds, bytes, and seconds a gigabyte. *plain* is the base by its stock class, or the first expert by its own
+each round starting with another, after one run of each that is not counted; `load` runs in fresh processes, with the
+files in the page cache. Ratios, ours over plain, are taken round by round: of rates (tokens a second, more is better),
+of seconds, bytes, and seconds a gigabyte. *plain* is the base by its stock class, or the first expert by its own
 (`original`), of which the random subjects have the base's tensors; beside it stands what is aimed at. A kept route's
 weights are made beforehand, a packed one's in the forward. `growth` repeats decode, packed prefill, memory and load on
 random models of the subject's shape with ever more experts. `memory` counts the language models alone, `load` all that

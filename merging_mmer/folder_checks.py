@@ -5,7 +5,6 @@ says what was found and what was expected. Invariants: no check changes anything
 matrix with its masks is in memory at a time, and a check that cannot be made says why (`Skip`).
 """
 
-import json
 from collections.abc import Iterator
 from functools import cached_property
 from importlib.metadata import version
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from configuration_mmer.configuration_mmer import MMERConfig
 from configuration_mmer.export_mmer import write_hub_code
@@ -23,11 +22,12 @@ from modeling_mmer.modeling_mmer import MMERForConditionalGeneration
 from modeling_mmer.routed_weights_mmer import pack_bits, unpack_bits
 from processing_mmer.processing_mmer import MMERProcessor
 
+from . import pretrained
 from .checkpoints import Checkpoint
 from .matrices import row_blocks
 from .naming import listing, stored_name
 from .recipe import Recipe
-from .report import tensor_kind
+from .report import misplaced, tensor_kind
 
 RECIPE, REPORT = "merge_recipe.yaml", "merge_report.json"
 
@@ -56,10 +56,12 @@ class MergedFolder:
 
     @cached_property
     def config(self) -> MMERConfig:
-        values = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        path = self.folder / pretrained.CONFIG
+        pretrained.check_numbers(path, values := pretrained.read_json(path))
         if values.get("model_type") != "mmer":
             raise ValueError(f"config.json has model_type {values.get('model_type')!r}, a merged folder has 'mmer'")
-        return MMERConfig.from_pretrained(self.folder)
+        with pretrained.naming(path):
+            return MMERConfig.from_pretrained(self.folder)
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -82,7 +84,13 @@ class MergedFolder:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         # given the LLM's config, transformers does not look at the folder's own code
-        return AutoTokenizer.from_pretrained(self.folder, config=self.config.text_config)
+        return pretrained.load_tokenizer(self.folder, config=self.config.text_config)
+
+    @cached_property
+    def processor(self) -> MMERProcessor:
+        pretrained.check_files(self.folder, *pretrained.PROCESSOR_PARTS, *pretrained.TOKENIZER_PARTS)
+        with pretrained.naming(pretrained.processor_files(self.folder)):
+            return MMERProcessor.from_pretrained(self.folder, config=self.config.text_config, trust_remote_code=False)
 
     @cached_property
     def sound(self) -> set[str]:
@@ -96,11 +104,13 @@ class MergedFolder:
         if not path.is_file():
             raise Skip(f"there is no {REPORT}; a folder that save_pretrained wrote has none")
         try:
-            report = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise Fault(f"{REPORT} is no JSON: {error}", "what the merge wrote") from error
-        if not isinstance(report, dict) or not {"base", "experts", "dtype", "tensors"} <= set(report):
+            report = pretrained.read_json(path)
+        except ValueError as error:
+            raise Fault(str(error), "what the merge wrote") from error
+        if not {"base", "experts", "dtype", "tensors"} <= set(report):
             raise Fault(f"{REPORT} lacks base, experts, dtype or tensors", "what the merge wrote")
+        if wrong := misplaced(report):
+            raise Fault(f"{REPORT}: {wrong} is of another form", "what the merge wrote")
         return report
 
     @cached_property
@@ -156,8 +166,11 @@ def check_files(merged: MergedFolder) -> str:
         raise Fault(f"{unused} is used by nothing", f"only {[path.name for path in checkpoint.files]}")
     total = sum(stored_bytes(checkpoint, name) for name in checkpoint.keys())
     if index.is_file():
-        written = json.loads(index.read_text(encoding="utf-8"))
-        promised, said = set(written["weight_map"]), (written.get("metadata") or {}).get("total_size", total)
+        written = pretrained.read_json(index)
+        promised, metadata = set(written["weight_map"]), written.get("metadata") or {}
+        if not isinstance(metadata, dict):
+            raise Fault(f"{index.name}: metadata is {type(metadata).__name__}", "a mapping")
+        said = metadata.get("total_size", total)
         if left := set(checkpoint.keys()) - promised:
             raise Fault(f"the index does not name {listing(left)}", "every tensor of every shard")
         if said != total:
@@ -281,9 +294,9 @@ def check_density(merged: MergedFolder) -> str:
 
 def check_processor(merged: MergedFolder) -> str:
     try:
-        processor = MMERProcessor.from_pretrained(merged.folder, config=merged.config.text_config)
-    except Exception as error:  # transformers raises whatever its parts raise
-        raise Fault(f"it does not load: {type(error).__name__}: {error}", "a processor") from error
+        processor = merged.processor
+    except ValueError as error:
+        raise Fault(f"it does not load: {error}", "a processor") from error
     if list(processor.experts) != merged.config.expert_names:
         raise Fault(
             f"the processor's experts are {list(processor.experts)}", f"{merged.config.expert_names}, in order"
@@ -293,7 +306,7 @@ def check_processor(merged: MergedFolder) -> str:
             f"the processor's text_route is {processor.text_route!r}", f"config.json's {merged.config.text_route!r}"
         )
     if (merged.folder / "generation_config.json").is_file():
-        GenerationConfig.from_pretrained(merged.folder)
+        pretrained.check_generation(merged.folder)
     return f"{len(processor.tokenizer)} tokens; takes {', '.join(processor.default_experts)}"
 
 
@@ -303,7 +316,7 @@ def check_placeholders(merged: MergedFolder) -> str:
     path = merged.folder / "processor_config.json"
     if not path.is_file():
         raise Fault("there is no processor_config.json", "one")
-    entries = json.loads(path.read_text(encoding="utf-8")).get("experts") or []
+    entries = pretrained.read_json(path).get("experts") or []
     found = {entry["name"]: entry["placeholders"] for entry in entries}
     for name in config.expert_names:
         for modality, wanted in config.experts[name]["placeholders"].items():

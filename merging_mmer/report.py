@@ -75,6 +75,20 @@ class MergeReport:
         return json.dumps(asdict(self), indent=2) + "\n"
 
 
+def misplaced(report: dict[str, Any]) -> str:
+    """The first field of a report as JSON has it that is no such thing as a merge writes; empty where all are."""
+    for name, plain in asdict(MergeReport()).items():
+        value = report.get(name, plain)
+        inside = dict if name == "experts" else str
+        entries = value.values() if name == "experts" and isinstance(value, dict) else value
+        numbers = isinstance(plain, float) and isinstance(value, int | float)
+        if not numbers and not isinstance(value, type(plain)):
+            return name
+        if name in ("experts", "warnings", "notes") and not all(isinstance(one, inside) for one in entries):
+            return name
+    return ""
+
+
 class Measurement:
     """Gathers, tensor by tensor, what `fill` turns into the report."""
 

@@ -72,8 +72,13 @@ def open_folder(folder: str | Path) -> MergedFolder:
 
 
 def read_processor(merged: MergedFolder) -> MMERProcessor:
-    # given the LLM's config, transformers does not look at the folder's own code
-    return MMERProcessor.from_pretrained(merged.folder, config=merged.config.text_config)
+    found, names = list(merged.processor.experts), merged.config.expert_names
+    if found != names:
+        raise ValueError(
+            f"{merged.folder / 'processor_config.json'} has the experts {found}, config.json {names}: expected the "
+            "same. Merge anew, or download the folder again"
+        )
+    return merged.processor
 
 
 def stored_vocabulary(merged: MergedFolder, processor: MMERProcessor) -> Vocabulary:

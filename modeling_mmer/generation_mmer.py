@@ -262,4 +262,6 @@ def _window(
     known = route_ids[:, start:end]
     behind = end - start - known.shape[1]
     known = torch.cat([known, text_route.unsqueeze(-1).expand(-1, behind)], dim=-1)
-    return RoutePlan(known, text_route).to(device)
+    plan = RoutePlan(known, text_route).to(device)
+    plan.held = True  # `_settle_routes` has seen to it
+    return plan

@@ -180,12 +180,14 @@ class MMERModel(RoutePlanning, MMERPreTrainedModel):  # type: ignore[misc]
             rows = self.added_embeddings(table[routes, match.to(torch.uint8).argmax(-1)])
             rows = embed_rows(embeddings, rows.flatten(0, 1), input_ids.shape).to(embeds.dtype)
             embeds = torch.where(added.unsqueeze(-1), rows, embeds)
+        if settled and media_embeds is None:
+            return embeds
         media = torch.zeros_like(input_ids, dtype=torch.bool)
         for token_id in self.config.placeholder_experts():
             media = media | (input_ids == token_id)
         if media_embeds is not None:
             embeds = torch.where(media.unsqueeze(-1), media_embeds.to(embeds.dtype), embeds)
-        elif not settled and (media & ~base_own).any():
+        elif (media & ~base_own).any():
             self.embed_media(input_ids, {})  # raises, naming the placeholder
         return embeds
 

@@ -24,8 +24,11 @@ class RoutePlan:
     `single` is the route when all tokens share one, else None. Otherwise `routes` and `sizes` are the groups, and
     `order` is None where the flattened batch consists of the groups one behind the other; else it is the index that
     sorts its tokens by route, and `back` its inverse. `last` is the plan of the last position, which is what
-    `generate` asks the head for; None where that is this plan itself.
+    `generate` asks the head for; None where that is this plan itself. `held`: the weights of `single` that are held
+    were looked at, as `generate` does once for all its steps, and are not looked at again.
     """
+
+    held = False
 
     def __init__(self, route_ids: torch.Tensor, text_route: torch.Tensor | None = None):
         self.route_ids, self.text_route = route_ids, text_route
@@ -95,7 +98,11 @@ class RoutePlan:
         if self.single is None and isinstance(positions, slice) and positions == slice(-1, None):
             return self if self.last is None else self.last
         kept = self.route_ids[:, positions]
-        return RoutePlan(kept) if self.single is None else RoutePlan.one(self.single, kept.shape, kept.device)
+        if self.single is None:
+            return RoutePlan(kept)
+        plan = RoutePlan.one(self.single, kept.shape, kept.device)
+        plan.held = self.held
+        return plan
 
 
 class _Current:

@@ -50,7 +50,7 @@ def _parameter(tensor: torch.Tensor, trained: bool = False) -> nn.Parameter:
 
 def state_of(module: Any) -> dict[str, Any]:
     """What a copy takes over: not what was made of the tensors here, since it has tensors of its own."""
-    made = {"_kept": {}, "_twins": {}, "_triton_parts": None}
+    made: dict[str, Any] = {"_kept": {}, "_twins": {}, "_triton_parts": None}
     return {name: made.get(name, value) for name, value in vars(module).items()}
 
 

@@ -28,6 +28,9 @@ class RoutedLinear(RoutedWeight, nn.Linear):
         plan = current_plan()
         if plan is None or plan.single == BASE_ROUTE:
             return nn.functional.linear(x, self.weight, self.bias)
+        route = plan.single if plan.held else None
+        if route is not None and (kept := self._kept.get(route)) is not None and not torch.is_grad_enabled():
+            return nn.functional.linear(x, kept.weight, self.route_bias(route))
         return plan.routed(x, self._product)
 
     def _product(self, route: int, x: torch.Tensor) -> torch.Tensor:
@@ -120,7 +123,9 @@ def embed_rows(embedding: nn.Module, rows: torch.Tensor, shape: torch.Size) -> t
 
 def _routed_layer_forward(base: Any) -> Callable:
     def forward(self, *args, mmer_plan: RoutePlan | None = None, **kwargs):
-        # set here and not around the whole LLM: gradient checkpointing runs this forward again, alone
+        # set here and not around the whole LLM alone: gradient checkpointing runs this forward again, by itself
+        if mmer_plan is current_plan() and not torch.compiler.is_compiling():
+            return base.forward(self, *args, **kwargs)
         with route_scope(mmer_plan):
             return base.forward(self, *args, **kwargs)
 

@@ -64,3 +64,25 @@ def test_a_tied_head_and_embedding_hold_one_weight():
         embedding, head = model.get_input_embeddings(), model.lm_head
         assert embedding._kept[2].weight is head._kept[2].weight
         assert torch.equal(model(**routed_batch()).logits, packed)
+
+
+def test_a_generation_uses_no_weight_of_before_a_change():
+    """Held weights are looked at once a generation, and in every plain forward."""
+    model, ids = mmer_model(), routed_batch()["input_ids"][:1, -3:]
+
+    def written():
+        asked = dict(text_route="image", max_new_tokens=4, do_sample=False, output_logits=True, eos_token_id=None)
+        return torch.cat(model.generate(ids, return_dict_in_generate=True, pad_token_id=0, **asked).logits)
+
+    before = written()
+    assert torch.equal(before, written())
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, RoutedWeight) and module.delta is not None:
+                module.delta.mul_(3)
+        changed = written()
+        assert not torch.equal(changed, before)
+        fresh = mmer_model()
+        fresh.load_state_dict(model.state_dict())
+        model = fresh
+        assert torch.equal(written(), changed)
