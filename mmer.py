@@ -16,14 +16,14 @@ from rich.console import Console
 from rich.markup import escape
 
 from configuration_mmer.route_names_mmer import MODALITIES
-from evaluation_mmer.tables import densities, inspected, plan_lines
+from evaluation_mmer.tables import densities, inspected, plan_lines, published_lines
 from merging_mmer import merge as merge_folder
 from merging_mmer.recipe import Recipe, load_experts
 from merging_mmer.start import collector_paused, own_process
 
 if TYPE_CHECKING:
     from configuration_mmer import MMERConfig
-    from hub_cards import write_card
+    from hub_cards import Published, write_card
     from merging_mmer import MergeReport
     from merging_mmer.exporting import export_route
     from merging_mmer.inspection import Inspection, inspect
@@ -39,12 +39,14 @@ __all__ = [
     "MMERForConditionalGeneration",
     "MMERProcessor",
     "MergeReport",
+    "Published",
     "Recipe",
     "Verification",
     "add",
     "export_route",
     "inspect",
     "merge",
+    "push",
     "remove",
     "verify",
     "write_card",
@@ -56,6 +58,7 @@ _HOMES = {
     "MMERForConditionalGeneration": "modeling_mmer",
     "MMERProcessor": "processing_mmer",
     "MergeReport": "merging_mmer",
+    "Published": "hub_cards",
     "Verification": "merging_mmer.verification",
     "export_route": "merging_mmer.exporting",
     "inspect": "merging_mmer.inspection",
@@ -114,6 +117,20 @@ def remove(folder: str | Path, experts: str | Collection[str], **options: Any) -
     `options` are those of `merging_mmer.remove`. Raises ValueError for what does not fit, and leaves the folder then.
     """
     return _imported("merging_mmer", "remove")(folder, experts, finish=_write_card, **options)
+
+
+def push(folder: str | Path, repo_id: str, **options: Any) -> "Published":
+    """Check a merged folder, and make the repository `repo_id` of the Hub hold what it holds.
+
+    `options` are those of `hub_cards.push_folder`. Raises ValueError for a folder that `verify` finds fault with;
+    nothing is sent then.
+    """
+    result = _imported("merging_mmer.verification", "verify")(Path(folder).resolve(strict=True))
+    if not result.ok:
+        fault = result[result.failed[0]]
+        found = f"{', '.join(result.failed)}: {fault.found}; expected {fault.expected}"
+        raise ValueError(f"{folder} fails the checks {found}. Nothing was pushed; `mmer verify` tells more")
+    return _imported("hub_cards", "push_folder")(folder, repo_id, **options)
 
 
 def _write_card(folder: Path) -> Path:
@@ -261,11 +278,33 @@ def demo(
 
 @app.command()
 def card(
-    folder: Annotated[Path, typer.Argument(help="a merged folder")], repo: Annotated[str | None, typer.Option()] = None
+    folder: Annotated[Path, typer.Argument(help="a merged folder")],
+    repo: Annotated[str | None, typer.Option(help="the id that its snippets load, if not the folder's")] = None,
+    license: Annotated[str | None, typer.Option(help="the license to name, instead of the strictest")] = None,
+    plots: Annotated[bool, typer.Option(help="draw them")] = True,
 ):
-    """Write the model card of a merged folder anew."""
+    """Write the model card of a merged folder anew, with its plots."""
     with _plain_errors():
-        console.print(_imported("hub_cards", "write_card")(folder, repo))
+        console.print(_imported("hub_cards", "write_card")(folder, repo, license, plots))
+
+
+@app.command("push")
+def push_command(
+    folder: Annotated[Path, typer.Argument(help="a merged folder")],
+    repo: Annotated[str, typer.Argument(help="org/name")],
+    private: Annotated[bool | None, typer.Option(help="what a new repository is to be")] = None,
+    revision: Annotated[str | None, typer.Option(help="a branch; made when it is not there")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="as a pull request")] = False,
+    message: Annotated[str | None, typer.Option(help="of the commit")] = None,
+    license: Annotated[str | None, typer.Option(help="the license to name, also where the inputs' clash")] = None,
+    large: Annotated[bool, typer.Option("--large", help="in several commits, where it is very large")] = False,
+):
+    """Check a merged folder, write its card, and send it to the Hub in one commit."""
+    options = {name: value for name, value in locals().items() if name not in ("folder", "repo")}
+    with _plain_errors():
+        made = push(folder, repo, **options)
+    for line in published_lines(made):
+        console.print(line, highlight=False)
 
 
 @app.command("export")

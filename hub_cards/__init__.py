@@ -1,5 +1,6 @@
 """What the world sees of a merged model."""
 
 from .card import write_card
+from .publish import Published, push_folder
 
-__all__ = ["write_card"]
+__all__ = ["Published", "push_folder", "write_card"]

@@ -294,10 +294,11 @@ class MatrixWork:
         energy = float(self.energy.sum())
         for i, expert in enumerate(made.experts):
             tau, kept, error, rounding, on, against, nonzero, product = self.sums[i].sum(0).tolist()
-            made.sums[expert][kind] = Sums(
+            sums = Sums(
                 entries=made.parameters, tau=tau, kept=kept, error=error, rounding=rounding, on=int(on),
                 masked=made.parameters if self.masked else 0, against=int(against), nonzero=int(nonzero),
             )  # fmt: skip
+            made.count(expert, self.name, sums)
             distance = made.distance[expert]
             distance.tau, distance.theta_0, distance.product = tau, energy, product
             made.bits[expert] = self.stored_bits[i]

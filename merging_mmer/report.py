@@ -21,12 +21,18 @@ from .matrices import row_blocks
 # an expert is starved when the share of its energy that the masks keep is below this part of the best expert's
 STARVED = 0.5
 
-_LAYER = re.compile(r"^(?:.*\.)?(?:layers|h|blocks)\.\d+\.")
+_LAYER = re.compile(r"^(?:.*\.)?(?:layers|h|blocks)\.(\d+)\.")
 
 
 def tensor_kind(name: str) -> str:
     """What the tensor is in every layer: "self_attn.q_proj.weight" of "layers.7.self_attn.q_proj.weight"."""
     return _LAYER.sub("", name)
+
+
+def layer_of(name: str) -> str | None:
+    """ "7" of "layers.7.self_attn.q_proj.weight"; None of a tensor that lies in no layer."""
+    found = _LAYER.match(name)
+    return found[1] if found else None
 
 
 @dataclass
@@ -58,7 +64,8 @@ class Sums:
 
 @dataclass
 class MergeReport:
-    """merge_report.json. `experts[name]` holds coefficients, `total` and, by kind of tensor, `tensors`."""
+    """merge_report.json. `experts[name]` holds coefficients, `total`, by kind of tensor `tensors`, and `layers`: norm
+    and residual by layer."""
 
     base: dict[str, Any] = field(default_factory=dict)
     experts: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -95,6 +102,8 @@ class Measurement:
     def __init__(self, experts: Sequence[str], dtype: torch.dtype):
         self.experts, self.dtype = list(experts), dtype
         self.sums: dict[str, dict[str, Sums]] = {name: defaultdict(Sums) for name in self.experts}
+        # layer -> the energies of its task vectors and of what is not recovered of them
+        self.layers: dict[str, dict[str, list[float]]] = {name: defaultdict(lambda: [0.0, 0.0]) for name in experts}
         self.bits = dict.fromkeys(self.experts, 0)
         self.distance = {name: Distance() for name in self.experts}
         self.conflicts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
@@ -147,8 +156,19 @@ class Measurement:
             against=int((tau.sign() * merged.sign() < 0).sum()),
             nonzero=int((tau != 0).sum()),
         )
+        self.count(expert, name, sums)
+
+    def count(self, expert: str, name: str, sums: Sums):
+        """Count in one expert's part in one tensor, or in some rows of it."""
         of_kind = self.sums[expert]
         of_kind[tensor_kind(name)] = of_kind[tensor_kind(name)].plus(sums)
+        if (layer := layer_of(name)) is not None:
+            self._count_layer(expert, layer, sums.tau, sums.error)
+
+    def _count_layer(self, expert: str, layer: str, tau: float, error: float):
+        energies = self.layers[expert][layer]
+        energies[0] += tau
+        energies[1] += error
 
     def stored(self, expert: str, tensors: Iterable[torch.Tensor | None]):
         """Tensors that are stored for one expert alone."""
@@ -158,6 +178,7 @@ class Measurement:
         """Everything gathered so far, as plain values."""
         return {
             "sums": {name: {kind: asdict(sums) for kind, sums in of.items()} for name, of in self.sums.items()},
+            "layers": {name: {layer: list(both) for layer, both in of.items()} for name, of in self.layers.items()},
             "distance": {name: asdict(distance) for name, distance in self.distance.items()},
             "bits": dict(self.bits),
             "conflicts": {kind: list(both) for kind, both in self.conflicts.items()},
@@ -169,6 +190,9 @@ class Measurement:
         for name, of in state["sums"].items():
             for kind, sums in of.items():
                 self.sums[name][kind] = self.sums[name][kind].plus(Sums(**sums))
+        for name, layers in state["layers"].items():
+            for layer, (tau, error) in layers.items():
+                self._count_layer(name, layer, tau, error)
         for name, distance in state["distance"].items():
             self.distance[name].join(Distance(**distance))
         for name, bits in state["bits"].items():
@@ -192,6 +216,7 @@ class Measurement:
                 bits_per_parameter=self.bits[name] / self.parameters if self.parameters else 0.0,
                 total=total.shares(),
                 tensors={kind: sums.shares() for kind, sums in self.sums[name].items()},
+                layers=self._layer_shares(name),
             )
         report.sign_conflicts = {kind: both / of if of else 0.0 for kind, (both, of) in self.conflicts.items()}
         report.tensors = {
@@ -200,6 +225,13 @@ class Measurement:
             "parameters_changed": self.parameters,
         }
         report.warnings += starved({name: report.experts[name] for name in self.experts})
+
+    def _layer_shares(self, expert: str) -> dict[str, dict[str, float]]:
+        layers = sorted(self.layers[expert].items(), key=lambda item: int(item[0]))
+        return {
+            layer: {"norm": tau**0.5, "residual": (error / tau) ** 0.5 if tau else 0.0}
+            for layer, (tau, error) in layers
+        }
 
 
 def starved(experts: dict[str, dict[str, Any]]) -> list[str]:
