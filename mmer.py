@@ -15,14 +15,16 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from configuration_mmer.route_names_mmer import MODALITIES
+from evaluation_mmer.result_tables import evaluated
 from evaluation_mmer.tables import densities, inspected, plan_lines, published_lines
 from merging_mmer import merge as merge_folder
+from merging_mmer.command_words import asked_experts, encoders, together
 from merging_mmer.recipe import Recipe, load_experts
 from merging_mmer.start import collector_paused, own_process
 
 if TYPE_CHECKING:
     from configuration_mmer import MMERConfig
+    from evaluation_mmer.results import Evaluation
     from hub_cards import Published, write_card
     from merging_mmer import MergeReport
     from merging_mmer.exporting import export_route
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "Evaluation",
     "Inspection",
     "MMERConfig",
     "MMERForConditionalGeneration",
@@ -43,6 +46,7 @@ __all__ = [
     "Recipe",
     "Verification",
     "add",
+    "evaluate",
     "export_route",
     "inspect",
     "merge",
@@ -53,6 +57,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Evaluation": "evaluation_mmer.results",
     "Inspection": "merging_mmer.inspection",
     "MMERConfig": "configuration_mmer",
     "MMERForConditionalGeneration": "modeling_mmer",
@@ -117,6 +122,15 @@ def remove(folder: str | Path, experts: str | Collection[str], **options: Any) -
     `options` are those of `merging_mmer.remove`. Raises ValueError for what does not fit, and leaves the folder then.
     """
     return _imported("merging_mmer", "remove")(folder, experts, finish=_write_card, **options)
+
+
+def evaluate(folder: str | Path, tasks: str | Path, against: str | None = None, **options: Any) -> "Evaluation":
+    """Ask the tasks of a YAML file of a merged folder, and put what was found into it and into its model card.
+
+    `options` are those of `evaluation_mmer.evaluating.evaluate`. Raises ValueError for what cannot be asked.
+    """
+    asked = _imported("evaluation_mmer.evaluating", "evaluate")
+    return asked(folder, tasks, against, finish=_write_card, **options)
 
 
 def push(folder: str | Path, repo_id: str, **options: Any) -> "Published":
@@ -213,37 +227,13 @@ def add_command(
     """Add an expert to a merged folder; the other experts' routes do not change by one bit."""
     more = {"lora": lora, "tower": tower, "modality": modality, "lambda": lam, "weight": weight, "density": density}
     with _plain_errors():
-        asked = _asked(expert or [], {key: value for key, value in more.items() if value not in (None, [])})
-        experts = _together(load_experts(recipe) if recipe else {}, asked)
+        asked = asked_experts(expert or [], {key: value for key, value in more.items() if value not in (None, [])})
+        experts = together(load_experts(recipe) if recipe else {}, asked)
         report = add(
             folder, experts, remerge=remerge, out=out, base=base, max_shard_size=max_shard_size,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
     _print_report(report, out or Path(folder))
-
-
-def _asked(experts: list[str], more: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """NAME=SOURCE and the options beside it -> the experts as a recipe has them."""
-    if more and len(experts) != 1:
-        raise ValueError(
-            f"{', '.join(f'--{key}' for key in more)} speak of one --expert, found {len(experts)}: give one, or write "
-            "the experts into a file for --recipe"
-        )
-    asked = {}
-    for entry in experts:
-        name, _, source = entry.partition("=")
-        if name in asked:
-            raise ValueError(f"--expert {name} is there twice")
-        asked[name] = {**({"model": source} if source else {}), **more}
-    return asked
-
-
-def _together(of_file: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
-    if twice := sorted(set(of_file) & set(asked)):
-        raise ValueError(f"experts {twice} are in the file of --recipe and in --expert: give each once")
-    if not of_file and not asked:
-        raise ValueError("no expert to add: give --expert NAME=SOURCE, or --recipe FILE with `experts:`")
-    return {**of_file, **asked}
 
 
 @app.command("remove")
@@ -274,6 +264,26 @@ def demo(
         from evaluation_mmer import demo as lab_demo
     with _plain_errors(lab_demo.LabError):
         lab_demo.run(out, lambda recipe, folder: merge(recipe, folder, overwrite=(folder / MARK).is_file()), console)
+
+
+@app.command("evaluate")
+def evaluate_command(
+    folder: Annotated[str, typer.Argument(help="a merged folder, here or on the Hub")],
+    tasks: Annotated[Path, typer.Option(help="a YAML file of tasks")],
+    against: Annotated[str | None, typer.Option(help="originals: ask the original experts and the base too")] = None,
+    limit: Annotated[int | None, typer.Option(help="the first items of each task alone")] = None,
+    batch_size: Annotated[int, typer.Option(help="items, or choices, in one forward")] = 8,
+    route: Annotated[list[str] | None, typer.Option(help="in place of the tasks' own; again for more")] = None,
+    output: Annotated[Path | None, typer.Option(help="the file to write, if not the folder's evaluation.json")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh/--resume", help="ask anew what was answered before")] = False,
+    recipe: Annotated[Path | None, typer.Option(help="a recipe that says where the originals are now")] = None,
+    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")] = "cpu",
+    trust_remote_code: Annotated[bool, typer.Option(help="run the originals' own code")] = False,
+):
+    """Ask tasks of a merged folder, compare with the originals, and write scores into its model card."""
+    with _plain_errors():
+        console.print(evaluated(evaluate(**{**locals(), "route": route or ()})))
 
 
 @app.command()
@@ -341,7 +351,7 @@ def inspect_command(
     """Show what of a checkpoint is language model, tower and vocabulary, and whether it fits a base."""
     with _plain_errors():
         found = _imported("merging_mmer.inspection", "inspect")(
-            source, base, tower, every, trust_remote_code, _encoders(encoder), lora_key
+            source, base, tower, every, trust_remote_code, encoders(encoder), lora_key
         )
     if as_json:
         print(json.dumps(found.to_dict(), indent=2))
@@ -350,18 +360,6 @@ def inspect_command(
             console.print(part, highlight=False)
     if not found.ok:
         raise typer.Exit(1)
-
-
-def _encoders(given: list[str] | None) -> str | dict[str, str] | None:
-    """--encoder SOURCE, or several --encoder MODALITY=SOURCE."""
-    if not given:
-        return None
-    if len(given) == 1 and "=" not in given[0]:
-        return given[0]
-    pairs = [one.split("=", 1) for one in given]
-    if wrong := [pair[0] for pair in pairs if len(pair) == 1 or pair[0] not in MODALITIES]:
-        raise ValueError(f"--encoder: found {wrong}, expected one SOURCE, or MODALITY=SOURCE of {list(MODALITIES)}")
-    return dict(pairs)
 
 
 @app.command("verify")

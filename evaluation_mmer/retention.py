@@ -5,7 +5,6 @@ retention (merged ÷ original) and agreement (share of items answered with the s
 every model of a comparison sees the same items in the same batches, and decodes greedily.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,18 +12,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from .intervals import wilson
 from .lab.datasets import LabItem, score
 from .lab.experts import new_tokens
-
-
-def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The Wilson score interval of a share, at 95 % by default (Wilson 1927). ValueError for an empty sample."""
-    if not 0 <= right <= n or n == 0:
-        raise ValueError(f"{right} right answers of {n}: expected 0 <= right <= n and n > 0")
-    share, spread = right / n, z * z / n
-    centre = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
-    return centre - half, centre + half
 
 
 @dataclass(frozen=True)

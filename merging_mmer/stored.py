@@ -49,6 +49,7 @@ _WRITTEN = {
     "config.json", "model.safetensors.index.json", "processor_config.json", "merge_recipe.yaml", "merge_report.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "additional_chat_templates",
+    "evaluation.json", "evaluation.jsonl",  # of another model now
 }  # fmt: skip
 
 
