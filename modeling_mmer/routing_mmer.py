@@ -34,8 +34,9 @@ class RoutedLinear(RoutedWeight, nn.Linear):
         return plan.routed(x, self._product)
 
     def _product(self, route: int, x: torch.Tensor) -> torch.Tensor:
-        few = route != BASE_ROUTE and route not in self._kept and x.shape[:-1].numel() <= FEW_TOKENS
-        if few and (parts := self.triton_parts(x)) is not None:
+        parts = None if route == BASE_ROUTE or route in self._kept else self.triton_parts(x)
+        # last, and not where anything is traced: a length that is compared is no free one any more
+        if parts is not None and x.shape[:-1].numel() <= FEW_TOKENS:
             from .routed_triton_mmer import routed_linear
 
             return routed_linear(x, parts, route, self.route_bias(route))
