@@ -20,6 +20,7 @@ import transformers
 from tqdm import tqdm
 
 from configuration_mmer.routes_mmer import AUTO, ROUTE_NAMES
+from merging_mmer.checkpoints import DTYPES
 from merging_mmer.folder_checks import REPORT, MergedFolder
 from merging_mmer.input_hashes import sha256
 from merging_mmer.recipe import Recipe
@@ -34,7 +35,7 @@ from .scorers import METRICS, choice, written_scorer
 from .subjects import MergedSubject, Subject, expert_of
 from .tasks import Item, Task, load_items, load_tasks, task_type
 
-DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {"auto": "auto", **DTYPES}
 ORIGINALS = "originals"
 MERGED = ""  # among the names of those who are asked
 
@@ -85,8 +86,8 @@ def evaluate(
         raise ValueError(f"against is {against!r}, expected {ORIGINALS!r}, or nothing")
     if batch_size < 1 or (limit is not None and limit < 1):
         raise ValueError(f"batch_size is {batch_size} and limit {limit}: expected whole numbers of 1 or more")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}, expected one of {list(DTYPES)}")
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype is {dtype!r}, expected one of {list(_DTYPES)}")
     listed = load_tasks(tasks)
     merged = open_folder(folder)
     if output is None and not Path(folder).expanduser().is_dir():
@@ -102,7 +103,7 @@ def evaluate(
     named = list(dict.fromkeys(q.original for q in questions if q.original is not None))
     if named:
         originals.open(named)
-    run = _Run(merged, processor, questions, originals, DTYPES[dtype], device, batch_size, progress)
+    run = _Run(merged, processor, questions, originals, _DTYPES[dtype], device, batch_size, progress)
     keys = run.keys(named)
     with AnswerJournal(target.with_suffix(".jsonl"), set(keys.values()), fresh) as journal:
         run.ask_all(named, keys, journal)
@@ -233,4 +234,4 @@ def _dataset(task: Task) -> tuple[str, dict[str, str | None]]:
     return task.dataset_name or name, {"dataset": task.dataset_type or name, **facts}
 
 
-__all__ = ["DTYPES", "ORIGINALS", "evaluate"]
+__all__ = ["ORIGINALS", "evaluate"]

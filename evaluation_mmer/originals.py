@@ -8,6 +8,7 @@ merged folder's weights is in an original.
 
 import copy
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,23 +41,23 @@ class Originals:
 
     def __init__(self, recipe: Recipe, processor: MMERProcessor, trust_remote_code: bool = False):
         self.recipe, self.processor, self.trust = recipe, processor, trust_remote_code
-        self._opened: dict[str, Base | Expert] = {}
+        self._experts: dict[str, Expert] = {}
+
+    @cached_property
+    def base(self) -> Base:
+        return Base(self.recipe.base, self.trust)
 
     def _open(self, name: str) -> Base | Expert:
-        if name not in self._opened:
-            if name != BASE and name not in self.recipe.experts:
-                raise ValueError(f"the recipe has no expert {name!r}, only {list(self.recipe.experts)}: give another")
-            base = self._opened[BASE] if name != BASE else Base(self.recipe.base, self.trust)
-            if name == BASE:
-                self._opened[name] = base
-            else:
-                assert isinstance(base, Base)
-                self._opened[name] = open_expert(name, self.recipe.experts[name], base, self.trust)
-        return self._opened[name]
+        if name == BASE:
+            return self.base
+        if name not in self.recipe.experts:
+            raise ValueError(f"the recipe has no expert {name!r}, only {list(self.recipe.experts)}: give another")
+        if name not in self._experts:
+            self._experts[name] = open_expert(name, self.recipe.experts[name], self.base, self.trust)
+        return self._experts[name]
 
     def open(self, names: Iterable[str]):
         """Open these. Raises ValueError for one that is not to be had."""
-        self._open(BASE)
         for name in names:
             self._open(name)
 

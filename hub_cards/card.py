@@ -21,7 +21,7 @@ from configuration_mmer.configuration_mmer import MMERConfig
 from .licensing import Licensing, read_licensing, sources_of, write_licensing
 from .mask_counts import count_masks
 from .plots import Plot, can_draw, draw_plots, remove_plots
-from .results import Result, eval_results, read_results, table
+from .results import Result, eval_results, read_results, share, table
 
 CARD = "README.md"
 NEEDED = ("config.json", "merge_recipe.yaml", "merge_report.json")
@@ -37,8 +37,12 @@ def write_card(folder: str | Path, repo: str | None = None, license: str | None 
     without, pictures of an earlier time are taken away. Raises ValueError when the folder is not a merged repository.
     """
     folder = Path(folder)
+    return write_card_with(folder, repo, read_licensing(folder, read_folder(folder)[1], license), plots)
+
+
+def write_card_with(folder: Path, repo: str | None, licensing: Licensing, plots: bool) -> Path:
+    """`write_card` with licences that have been read."""
     config, recipe, report = read_folder(folder)
-    licensing = read_licensing(folder, recipe, license)
     results = read_results(folder)
     name = repo or folder.resolve().name
     pictures: list[Plot] = []
@@ -150,10 +154,6 @@ def _metadata(
 def _expert(name: str, config: MMERConfig, recipe: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
     total = report["experts"][name]["total"]
     own = [source for place, source in sources_of(recipe).items() if place.startswith(f"experts.{name}.")]
-
-    def share(value: float | None) -> str:
-        return "–" if value is None else f"{value:.1%}"
-
     return {
         "name": name,
         "modalities": config.modalities(name),

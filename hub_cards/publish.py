@@ -14,13 +14,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
-from .card import CARD, is_generated, is_hub_id, read_folder, write_card
+from .card import CARD, is_generated, is_hub_id, read_folder, write_card_with
 from .licenses import of_fields
 from .licensing import FILE as LICENSES
 from .licensing import Licensing, read_licensing, sources_of, write_licensing
+from .plots import can_draw
 from .results import FILE as RESULTS
 
 # what a merge, an evaluation and a card write: it goes from the repository when the folder has it no more
@@ -138,16 +139,12 @@ def _settled(folder: Path, recipe: dict[str, Any], license: str | None) -> Licen
 
 def _made_ready(folder: Path, repo_id: str, licensing: Licensing) -> list[str]:
     """Write the card anew, unless it is somebody's own. Raises ValueError where that names another license."""
-    from .plots import can_draw
-
     card = folder / CARD
     if not card.is_file() or is_generated(card):
         drawn = can_draw()
-        write_card(folder, repo_id, licensing.chosen, plots=drawn)
+        write_card_with(folder, repo_id, licensing, drawn)
         return [] if drawn else ["matplotlib is not installed: the card has no plots"]
     write_licensing(folder, licensing)
-    from huggingface_hub import ModelCard
-
     said = of_fields(ModelCard(card.read_text(encoding="utf-8")).data.to_dict()).id
     if licensing.chosen is not None and said != licensing.chosen:
         raise ValueError(
@@ -220,8 +217,6 @@ class _Words:
 
 def _advice(status: int) -> str:
     if status in (401, 403):
-        from huggingface_hub import get_token
-
         known = "the token that is set may not write there" if get_token() else "no token is set"
         return f"Here {known}: `hf auth login` with one that may write, or set HF_TOKEN"
     if status == 404:

@@ -103,12 +103,12 @@ def shown(value: float, interval: tuple[float, float] | None = None) -> str:
     return one(value) + (f" ({one(interval[0])} – {one(interval[1])})" if interval else "")
 
 
+def share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
+
+
 def table(results: list[Result]) -> list[dict[str, str]]:
     """The rows of the card's table."""
-
-    def share(value: float | None) -> str:
-        return "–" if value is None else f"{value:.1%}"
-
     return [
         {
             "task": result.task,

@@ -31,15 +31,13 @@ from configuration_mmer.composed_config_mmer import ComposedConfig
 from configuration_mmer.routes_mmer import BASE_ROUTE, FIRST_EXPERT_ROUTE, MERGED_ROUTE, ROUTE_NAMES
 from processing_mmer.expert_processors_mmer import ExpertProcessor
 
-from .checkpoints import Checkpoint
+from .checkpoints import DTYPES, Checkpoint
 from .exported_tokens import ExportedTokens
 from .folder_checks import MergedFolder
 from .naming import HEAD, NamedCheckpoint, class_on_meta, listing, split_names, stored_name
 from .shards import ShardWriter, size_in_bytes
 from .source_checks import routed_matrix
 from .stored import open_folder, read_processor, rewriting
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def export_route(
@@ -279,4 +277,4 @@ class _Export:
         return processor
 
 
-__all__ = ["DTYPES", "export_route"]
+__all__ = ["export_route"]

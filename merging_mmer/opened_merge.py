@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .added_rows import lay_out, read_rows, row_places
+from .checkpoints import DTYPES
 from .decoupling import largest_rank, settle
 from .experts import Base, open_expert
 from .input_hashes import InputHashes, hashes
@@ -41,7 +42,6 @@ from .vocabulary import Vocabulary, build_processor, merge_vocabulary
 from .workers import do_part
 
 _THRESHOLDS = "thresholds"
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 class OpenedMerge:
@@ -98,11 +98,11 @@ class OpenedMerge:
 
     def _dtype(self, recipe: Recipe) -> torch.dtype:
         if recipe.dtype is not None:
-            return _DTYPES[recipe.dtype]
+            return DTYPES[recipe.dtype]
         dtype = self.base.tensor(self.base.embedding).dtype
-        if dtype not in _DTYPES.values():
+        if dtype not in DTYPES.values():
             raise ValueError(
-                f"{self.base.source}: its weights are {dtype}, expected {list(_DTYPES)}. Set dtype in the recipe"
+                f"{self.base.source}: its weights are {dtype}, expected {list(DTYPES)}. Set dtype in the recipe"
             )
         return dtype
 
