@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,11 +51,10 @@ def merge(
     out = Path(os.path.abspath(out))
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
         raise ValueError(f"{out} is not empty. Give another folder, or overwrite=True to replace it")
-    out.parent.mkdir(parents=True, exist_ok=True)
     workplace = out.parent / f".{out.name}.partial"
     _check_device(device, ray)
     threads = _processors() if threads is None else threads
-    with _cluster(ray) as connected, _alone(workplace):
+    with _cluster(ray) as connected, _parents(out), _alone(workplace):
         put_back(workplace, out)
         try:
             recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
@@ -108,6 +107,20 @@ def _cluster(address: str | None) -> Any:
     from .ray_engine import cluster  # imports what opens checkpoints
 
     return cluster(address)
+
+
+@contextmanager
+def _parents(out: Path) -> Iterator[None]:
+    """The folders above `out` are there; those that were made for it go again where the merge is refused."""
+    made = [folder for folder in out.parents if not folder.exists()]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except Exception:
+        with suppress(OSError):  # somebody else put something there
+            for folder in made:
+                folder.rmdir()
+        raise
 
 
 @contextmanager

@@ -250,7 +250,7 @@ def test_unreadable_inputs_are_named_and_leave_nothing(copy, tmp_path, whose, da
     place = tmp_path / "place"
     place.mkdir()
     with pytest.raises((ValueError, OSError), match=whose):
-        merge(recipe, place / "out", progress=False)
+        merge(recipe, place / "not" / "there" / "out", progress=False)
     assert list(place.iterdir()) == []
 
 
