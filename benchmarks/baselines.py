@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from retention import cells, keep, merged_inputs, original, recipe
+from retention import cells, keep, merged_inputs, original, recipe, versions
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoProcessor
@@ -257,7 +257,7 @@ def main():
     chosen = None
     if arguments.validation:
         chosen = Questions({n: load_items(n, "validation", arguments.validation, arguments.seed) for n in names})
-    facts = {"seed": arguments.seed, "merged": names, "validation": arguments.validation}
+    facts = {"seed": arguments.seed, "merged": names, "validation": arguments.validation, "versions": versions()}
     rows, started = [], time.monotonic()
 
     def note(*new: dict[str, Any]):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from retention import cells, merged_inputs, original, recipe
+from retention import cells, merged_inputs, original, recipe, versions
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoProcessor
@@ -73,7 +73,7 @@ def main():
         rows += [row(task, label, scores[name], expert) for label, scores in merged.items()]
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+        arguments.json.write_text(json.dumps([{**entry, "versions": versions()} for entry in rows], indent=1) + "\n")
     table = Table("task", "parameters", "accuracy", "95 %", "of the task's expert", "same words")
     for entry in rows:
         low, high = entry["interval"]

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from language_tasks import sentences, write_tasks
-from retention import recipe
+from retention import recipe, versions
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -116,7 +116,7 @@ def main():
         return
     names = arguments.experts.split(",")
     routes = ["base", "merged", *names]
-    facts = {"merged": names, "decoupling": arguments.decoupling}
+    facts = {"merged": names, "decoupling": arguments.decoupling, "versions": versions()}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         out = folder / "merged"
@@ -129,7 +129,7 @@ def main():
         tasks = write_tasks(folder, items=arguments.items, with_bigbench=arguments.bigbench)
         rows = [*answered(out, tasks, routes, folder), *rows]
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+    arguments.json.write_text(json.dumps({"rows": [{**row, **facts} for row in rows]}, indent=1) + "\n")
     table = Table("task", "route", "n", "value")
     for row in rows:
         table.add_row(row["task"], row["route"], str(row["n"]), _cell(row))

@@ -12,8 +12,10 @@ CPU, greedily, through the processors and `generate`. results/retention.json hol
 
 import argparse
 import json
+import platform
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,12 @@ SWEEP: dict[str, dict[str, Any]] = {
     "mask, rank 16, no scales": {"decoupling": {"kind": "mask", "scale": "none", "rank": 16}},
 }
 BATCH = 40
+
+
+def versions() -> str:
+    """What the numbers of a run hold for."""
+    said = [f"{name} {version(name)}" for name in ("mmer", "torch", "transformers")]
+    return ", ".join([*said, f"Python {platform.python_version()}"])
 
 
 def recipe(names: list[str], settings: dict[str, Any]) -> dict[str, Any]:
@@ -105,8 +113,12 @@ def cells(row: dict[str, Any]) -> str:
 
 def markdown(path: Path) -> str:
     """The rows of a results file as the README shows them."""
+    return markdown_of(json.loads(path.read_text()))
+
+
+def markdown_of(rows: list[dict[str, Any]]) -> str:
     lines = ["| expert | parameters | accuracy (95 %) | retention | same words | bits |", "|---|---|---|---|---|---|"]
-    for row in sorted(json.loads(path.read_text()), key=lambda row: EXPERTS.index(row["expert"])):
+    for row in sorted(rows, key=lambda row: EXPERTS.index(row["expert"])):
         cost = "–" if row["bits_per_parameter"] is None else f"{row['bits_per_parameter']:.2f}"
         lines.append(f"| {row['expert']} | {row['parameters']} | {cells(row)} | {cost} |")
     return "\n".join(lines)
@@ -162,7 +174,10 @@ def main():
                     print(json.dumps(rows[-1]), flush=True)
             print(f"{label}: {time.monotonic() - started:.0f} s", flush=True)
         if arguments.json:
-            keep(arguments.json, [{**entry, "seed": arguments.seed, "merged": names} for entry in rows])
+            keep(
+                arguments.json,
+                [{**entry, "seed": arguments.seed, "merged": names, "versions": versions()} for entry in rows],
+            )
     Console(width=150).print(table)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from retention import BATCH, cells, original, recipe
+from retention import BATCH, cells, original, recipe, versions
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoProcessor
@@ -93,7 +93,7 @@ def main():
     names = arguments.experts.split(",")
     items = {name: load_items(name, "test", arguments.items, arguments.seed) for name in names}
     originals = {name: original(name, items[name]) for name in names}
-    facts = {"seed": arguments.seed, "merged": names, "decoupling": arguments.decoupling}
+    facts = {"seed": arguments.seed, "merged": names, "decoupling": arguments.decoupling, "versions": versions()}
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "merged"
