@@ -98,7 +98,7 @@ def _retention(results: list[Result]) -> tuple[Any, Plot]:
     figure = _figure(1.3 + 0.42 * len(results))
     axes = figure.subplots()
     values = [result.retention or 0.0 for result in results]
-    spans = [result.retention_interval() or (value, value) for result, value in zip(results, values)]
+    spans = [result.retention_interval or (value, value) for result, value in zip(results, values)]
     places = np.arange(len(results))[::-1]
     axes.barh(places, values, height=0.62, color=_COLORS[0])
     errors = [
@@ -122,8 +122,8 @@ def _retention(results: list[Result]) -> tuple[Any, Plot]:
     words = ", ".join(f"{result.label} {value:.1%}" for result, value in zip(results, values))
     return figure, Plot(
         f"{FOLDER}/{_RETENTION}", "Retention", f"Bars of retention by task: {words}",
-        "What is left of each original expert on its own task. Whiskers are the 95 % interval of the merged model's "
-        "score; beside the bars stand the retention, the score and the number of questions.",
+        "What is left of each original expert on its own task. Whiskers are its 95 % interval, drawn over the "
+        "same questions; beside the bars stand the retention, the score and the number of questions.",
     )  # fmt: skip
 
 

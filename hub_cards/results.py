@@ -33,6 +33,7 @@ class Result:
     original: float | None
     original_interval: tuple[float, float] | None
     retention: float | None
+    retention_interval: tuple[float, float] | None
     agreement: float | None
     scorer: str
 
@@ -40,13 +41,6 @@ class Result:
     def label(self) -> str:
         own = self.route in (self.expert, "auto")
         return self.task if own else f"{self.task} ({self.route})"
-
-    def retention_interval(self) -> tuple[float, float] | None:
-        """The interval of `value`, in units of what the original expert reached."""
-        if not self.original:
-            return None
-        low, high = (bound / self.original for bound in self.interval)
-        return low, high
 
 
 def read_results(folder: Path) -> list[Result]:
@@ -75,6 +69,7 @@ def _result(row: dict[str, Any]) -> Result:
         original=_number(original["value"]) if original else None,
         original_interval=_interval(original["interval"]) if original else None,
         retention=None if row["retention"] is None else _number(row["retention"]),
+        retention_interval=_interval(row["retention_interval"]) if row.get("retention_interval") else None,
         agreement=None if row["agreement"] is None else _number(row["agreement"]),
     )
     return made
@@ -93,9 +88,9 @@ def _interval(values: Any) -> tuple[float, float]:
     return low, high
 
 
-def shown(value: float, interval: tuple[float, float] | None = None) -> str:
-    """A share in percent, anything larger as it is, with its interval."""
-    shares = (interval or (value, value))[1] <= 1 and value <= 1
+def shown(value: float, interval: tuple[float, float] | None = None, ratio: bool = False) -> str:
+    """A share or ratio in percent, anything larger as it is, with its interval."""
+    shares = ratio or ((interval or (value, value))[1] <= 1 and value <= 1)
 
     def one(number: float) -> str:
         return f"{number:.1%}" if shares else f"{number:.4g}"
@@ -118,7 +113,7 @@ def table(results: list[Result]) -> list[dict[str, str]]:
             "n": str(result.n),
             "value": shown(result.value, result.interval),
             "original": "–" if result.original is None else shown(result.original, result.original_interval),
-            "retention": share(result.retention),
+            "retention": "–" if result.retention is None else shown(result.retention, result.retention_interval, True),
             "agreement": share(result.agreement),
         }
         for result in results
@@ -135,13 +130,14 @@ def eval_results(results: list[Result]) -> list[EvalResult]:
             "dataset_name": result.dataset,
             "dataset_type": re.sub(r"[^\w./-]+", "-", result.dataset).strip("-").lower() or "unnamed",
         }
-        words = f"route {result.route}, n = {result.n}"
-        name = f"{result.metric} ({words}, 95 % interval {result.interval[0]:.4g} – {result.interval[1]:.4g})"
+        # the Hub joins tasks of one kind on one dataset under the first one's name: the metric says which is which
+        metric, words = f"{result.task}: {result.metric}", f"route {result.route}, n = {result.n}"
+        name = f"{metric} ({words}, 95 % interval {result.interval[0]:.4g} – {result.interval[1]:.4g})"
         made.append(
             EvalResult(**where, metric_type=result.metric, metric_value=round(result.value, 6), metric_name=name)
         )
         if result.retention is not None:
-            name = f"{result.metric} of the original expert's ({words})"
+            name = f"{metric} over the original expert's ({words})"
             value = round(result.retention, 6)
             made.append(EvalResult(**where, metric_type="retention", metric_value=value, metric_name=name))
     return made

@@ -113,6 +113,12 @@ def test_results_become_a_model_index_and_a_table(copied):
     write_card(copied)
     data = card_of(copied).data
     assert data.model_name == "mmer-tiny"
+    # tasks that the Hub shows under one name are told apart by their metrics' names
+    assert [r.metric_name.partition(" (")[0] for r in data.eval_results] == [
+        "clothes: accuracy",
+        "clothes: accuracy over the original expert's",
+        "captions: cider",
+    ]
     found = [(r.task_name, r.dataset_type, r.metric_type, r.metric_value) for r in data.eval_results]
     assert found == [
         ("clothes", "fashion-mnist", "accuracy", 0.8),
