@@ -5,10 +5,10 @@
 
 Each expert's held-out questions are asked with its own medium alone, and with a medium of another kind beside it, a
 held-out item of another expert (each in turn): in front of the expert's own, which then stands next to the question,
-or behind it. Media tokens take the route of the expert that encoded them; text and the answer take `auto`, `merged`,
-`base` or the expert whose question it is, with that route's own prompt format. Rows give accuracy with its Wilson 95 %
-interval, and its ratio to the original expert's on the same questions, its own medium alone. In fp32 on the CPU,
-greedily. results/text_routes.json holds the rows that README.md beside it shows.
+or behind it. Media tokens take the route of the expert that encoded them; text and the answer take `merged`, `base` or
+the expert whose question it is, with that route's own prompt format; `auto` is the expert's with one medium and
+`merged` with two. Rows give accuracy with its Wilson 95 % interval, and its ratio to the original expert's on the same
+questions, its own medium alone. In fp32 on the CPU, greedily. Rows that are in the file already are not asked again.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from mmer import MMERForConditionalGeneration, merge
 
 RESULTS = Path(__file__).parent / "results" / "text_routes.json"
 OWN = "expert"  # the expert whose question it is
-ROUTES = ("auto", "merged", "base", OWN)
+ROUTES = ("merged", "base", OWN)
 ALONE, LAST, FIRST = "alone", "last", "first"
 PLACES = {ALONE: "its medium alone", LAST: "behind another medium", FIRST: "before another medium"}
 
@@ -61,9 +61,9 @@ def block(name: str, item: Any) -> dict[str, Any]:
 
 
 def ways(names: Sequence[str]) -> list[tuple[str, str]]:
-    """(where the medium stands, route of the text). With one medium `auto` is the expert's, with two `merged`."""
-    mixed = [(place, route) for place in (LAST, FIRST) for route in ROUTES if len(names) > 1]
-    return [*((ALONE, route) for route in ROUTES), *mixed]
+    """(where the medium stands, route of the text)."""
+    places = (ALONE, LAST, FIRST) if len(names) > 1 else (ALONE,)
+    return [(place, route) for place in places for route in ROUTES]
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
@@ -93,8 +93,17 @@ def main():
     names = arguments.experts.split(",")
     items = {name: load_items(name, "test", arguments.items, arguments.seed) for name in names}
     originals = {name: original(name, items[name]) for name in names}
-    facts = {"seed": arguments.seed, "merged": names, "decoupling": arguments.decoupling, "versions": versions()}
-    rows: list[dict[str, Any]] = []
+    facts = {
+        "n": arguments.items,
+        "seed": arguments.seed,
+        "merged": names,
+        "decoupling": arguments.decoupling,
+        "versions": versions(),
+    }
+    rows: list[dict[str, Any]] = json.loads(arguments.json.read_text()) if arguments.json.is_file() else []
+    if any(row[key] != value for row in rows for key, value in facts.items()):
+        parser.error(f"{arguments.json} holds rows of another run: give another file")
+    done = {(row["expert"], row["place"], row["route"]) for row in rows}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "merged"
         merge(recipe(names, {"decoupling": {"kind": arguments.decoupling}}), out, progress=False)
@@ -104,6 +113,8 @@ def main():
         model.keep_routes([*names, "merged"])
         for name in names:
             for place, route in ways(names):
+                if (name, PLACES[place], route) in done:
+                    continue
                 asked = name if route == OWN else route
                 batches = [
                     dict(

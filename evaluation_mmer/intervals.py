@@ -19,7 +19,7 @@ def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
     share, spread = right / n, z * z / n
     centre = (share + spread / 2) / (1 + spread)
     half = z * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
-    return centre - half, centre + half
+    return max(0.0, centre - half), min(1.0, centre + half)  # which rounding could leave by a last bit
 
 
 def of_mean(scores: Sequence[float]) -> tuple[float, float]:
