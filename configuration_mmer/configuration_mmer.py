@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+from transformers.models.auto import modeling_auto
 
 from .composed_config_mmer import ComposedConfig
 from .routes_mmer import AUTO, MODALITIES, ROUTE_NAMES
@@ -238,5 +239,10 @@ class MMERConfig(PreTrainedConfig):
                 f"experts: placeholder ids {homeless} lie behind the vocabulary and are not in added_tokens"
             )
 
+
+# `transformers serve` and the any-to-any pipeline know a multimodal class by this table of names alone: without its
+# line the one looks for the class in transformers itself, and the other logs an error
+_CLASSES = getattr(modeling_auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", {})
+_CLASSES.setdefault(MMERConfig.model_type, "MMERForConditionalGeneration")
 
 __all__ = ["MMERConfig"]

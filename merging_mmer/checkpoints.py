@@ -16,6 +16,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
+from .hub_access import from_hub
 from .pretrained import check_folder, naming, read_json
 
 MODEL_FILES = (
@@ -43,7 +44,7 @@ _FETCHED += ["non_lora_trainables.bin", "mm_projector.bin"]
 def fetch(source: str) -> Path:
     """The folder of a source: itself when it is one, else the Hub repository `id` or `id@revision`, downloaded.
 
-    Raises ValueError when it is neither.
+    Raises ValueError when it is neither, or refused by the Hub; OSError where the Hub cannot be reached.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -52,13 +53,16 @@ def fetch(source: str) -> Path:
     repo_id, _, revision = source.partition("@")
     if source.startswith((".", "/", "~")) or repo_id.count("/") > 1:
         raise ValueError(f"{source!r} is no folder here, and no Hub id (org/name or org/name@revision) either")
-    try:
-        local = Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=_FETCHED))
-        if not any(local.glob("*.safetensors")):
-            local = Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=[*_FETCHED, "*.bin"]))
-    except OSError as error:
-        raise OSError(f"{source!r} is no folder here, and cannot be fetched from the Hub: {error}") from error
+    local = from_hub(source, lambda: _snapshot(repo_id, revision or None))
     check_folder(local)
+    return local
+
+
+def _snapshot(repo_id: str, revision: str | None) -> Path:
+    """The repository's files, without pickles where it has safetensors."""
+    local = Path(snapshot_download(repo_id, revision=revision, allow_patterns=_FETCHED))
+    if not any(local.glob("*.safetensors")):
+        local = Path(snapshot_download(repo_id, revision=revision, allow_patterns=[*_FETCHED, "*.bin"]))
     return local
 
 

@@ -22,6 +22,7 @@ from processing_mmer.composed_processor_mmer import ComposedProcessor
 from processing_mmer.processor_classes_mmer import class_by_name
 
 from .checkpoints import MODEL_FILES, Checkpoint, fetch
+from .hub_access import from_hub
 from .layout_parts import BUFFERS, PLACEHOLDERS, Order, Seen, load_tokenizer, vicuna_template
 from .pretrained import CONFIG, check_numbers, naming, read_json
 from .renaming import Part, Rule, leave_out, rename
@@ -87,7 +88,7 @@ def fetch_encoder(source: str, where: str) -> Path:
         return path
     parts = source.split("/")
     if not source.startswith((".", "/", "~")) and len(parts) > 2 and source.endswith(_FILES):
-        return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))
+        return from_hub(source, lambda: Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:]))))
     try:
         return fetch(source)
     except ValueError as error:

@@ -94,10 +94,6 @@ class ConversationProcessor(ProcessorMixin):
 
         Raises ValueError as `__call__` does, and where a template does not place a conversation's media.
         """
-        if load_audio_from_video:
-            raise ValueError(
-                "load_audio_from_video: give the sound as an audio block of its own, after the video's block"
-            )
         if not conversation:
             raise ValueError("Cannot apply chat template to an empty conversation. Provide at least one message.")
         conversations, is_batched = self._normalize_conversations(conversation)
@@ -108,6 +104,13 @@ class ConversationProcessor(ProcessorMixin):
         planner = self._planner(tools)
         template, template_of = self._asked_template(chat_template)
         blocks = [media_blocks(messages) for messages in conversations]
+        # `transformers serve` sets the flag with every clip; it asks for nothing unless an audio block is left empty
+        sounds = [block for here in blocks for block in here if block["type"] == "audio"]
+        if load_audio_from_video and any(block_source(block) is None for block in sounds):
+            raise ValueError(
+                "load_audio_from_video: an empty audio block asks for the sound of the clip before it; give that "
+                "sound as an audio block of its own, after the video's block"
+            )
         owners = [[self._block_expert(block, chosen, route) for block in here] for here, route in zip(blocks, routes)]
         plans = [
             planner.plan(messages, owned, route, template, template_of)

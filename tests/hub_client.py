@@ -10,7 +10,7 @@ from pathlib import Path
 
 import blocked_rooms
 
-if sys.argv[1] != "publish":
+if sys.argv[1] not in ("publish", "merge"):
     blocked_rooms.block()
 
 import numpy as np  # noqa: E402
@@ -44,8 +44,8 @@ def load(repo: str, **revision):
     return model, AutoProcessor.from_pretrained(repo, trust_remote_code=True, **revision)
 
 
-def piped(*task: str) -> dict:
-    pipe = pipeline(*task, model=REPO, trust_remote_code=True)
+def piped(*task: str, model: str = REPO) -> dict:
+    pipe = pipeline(*task, model=model, trust_remote_code=True)
     texts = [pipe(text=chat, return_full_text=False, generate_kwargs=HOW)[0]["generated_text"] for chat in chats()]
     return {"task": pipe.task, "texts": texts}
 
@@ -107,6 +107,7 @@ def reload(pinned: str) -> dict:
     }
 
 
-found = {"publish": publish, "consume": consume, "reload": reload}[sys.argv[1]](sys.argv[3])
-assert sys.argv[1] == "publish" or blocked_rooms.still_blocked()
-Path(sys.argv[2]).write_text(json.dumps(found))
+if __name__ == "__main__":
+    found = {"publish": publish, "consume": consume, "reload": reload}[sys.argv[1]](sys.argv[3])
+    assert sys.argv[1] == "publish" or blocked_rooms.still_blocked()
+    Path(sys.argv[2]).write_text(json.dumps(found))

@@ -1,13 +1,54 @@
-"""What the Hub of local_hub.py holds: repositories, their commits and files; and the answers it gives."""
+"""What the Hub of local_hub.py holds: repositories, their commits and files; what it is asked, and what it answers."""
 
 import base64
 import hashlib
 import json
 import re
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
+
+
+@dataclass
+class Request:
+    method: str
+    path: str
+    query: dict[str, list[str]]
+    headers: Any
+    data: bytes
+
+    def json(self) -> Any:
+        return json.loads(self.data)
+
+
+@dataclass
+class Fault:
+    """What happens to the `times` matching requests after the first `skip`. Status None: the connection is cut.
+
+    hold: it is not cut, but nothing comes behind the first half. early: it is cut when half of what the client sends
+    has come. `struck` is set when half of an answer was sent.
+    """
+
+    method: str
+    path: str
+    status: int | None
+    code: str | None = None
+    skip: int = 0
+    times: int = 1
+    hold: bool = False
+    early: bool = False
+    struck: threading.Event = field(default_factory=threading.Event)
+
+    def strikes(self, method: str, path: str) -> bool:
+        if method != self.method or not re.search(self.path, path) or not self.times:
+            return False
+        if self.skip:
+            self.skip -= 1
+            return False
+        self.times -= 1
+        return True
 
 
 @dataclass
@@ -106,6 +147,18 @@ def apply_step(files: dict[str, StoredFile], key: str, value: dict[str, Any], ob
             del files[name]
     else:
         raise Refusal(400, f"a commit with {key!r} is not understood")
+
+
+def part_of(request: Request, content: bytes, headers: dict[str, Any]) -> Answer:
+    """The content, or the range of it that was asked for."""
+    headers = {**headers, "Accept-Ranges": "bytes"}
+    match = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range") or "")
+    if match is None:
+        return Answer(content, 200, headers)
+    first, last = int(match[1]), min(int(match[2] or len(content) - 1), len(content) - 1)
+    if first >= len(content):
+        raise Refusal(416, "Range Not Satisfiable", **{"Content-Range": f"bytes */{len(content)}"})
+    return Answer(content[first : last + 1], 206, {**headers, "Content-Range": f"bytes {first}-{last}/{len(content)}"})
 
 
 def front_matter(text: str) -> dict[str, Any]:

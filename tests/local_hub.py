@@ -9,8 +9,9 @@ one's token for every write. Xet is not spoken: clients run with HF_HUB_DISABLE_
         assert "config.json" in hub.files("org/model")
 
 `hub.fail("GET", r"resolve/.*safetensors", 500)` answers the next matching request with an error; status None cuts the
-connection in the middle of the true answer (what was asked is done by then). `hub.log` is every request as (method,
-path), in order.
+connection in the middle of the true answer (what was asked is done by then); see `Fault`. Clients order faults by
+POST /faults. `hub.log` is every request as (method, path), in order; `hub.ranges` the paths of which a part was asked,
+with the Range.
 """
 
 import hashlib
@@ -19,54 +20,32 @@ import re
 import socket
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
-from .hub_storage import Answer, Refusal, Repository, StoredFile, apply_step, front_matter
-
-
-@dataclass
-class Request:
-    method: str
-    path: str
-    query: dict[str, list[str]]
-    headers: Any
-    data: bytes
-
-    def json(self) -> Any:
-        return json.loads(self.data)
-
-
-@dataclass
-class Fault:
-    """What happens to the `times` matching requests after the first `skip`. Status None: the connection is cut."""
-
-    method: str
-    path: str
-    status: int | None
-    code: str | None = None
-    skip: int = 0
-    times: int = 1
-
-    def strikes(self, method: str, path: str) -> bool:
-        if method != self.method or not re.search(self.path, path) or not self.times:
-            return False
-        if self.skip:
-            self.skip -= 1
-            return False
-        self.times -= 1
-        return True
-
+from .hub_storage import (
+    Answer,
+    Fault,
+    Refusal,
+    Repository,
+    Request,
+    StoredFile,
+    apply_step,
+    front_matter,
+    part_of,
+)
 
 # the values of a group are unquoted after the match, so a revision "refs%2Fpr%2F1" is one part of a path
 _REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
 _REVISION = r"(?P<revision>[^/]+)"
 _API = rf"/api/models/{_REPO}"
 ROUTES = (
+    ("POST", r"/faults", "order"),
     ("GET", r"/api/whoami-v2", "whoami"),
     ("POST", r"/api/validate-yaml", "validate_yaml"),
     ("POST", r"/api/repos/create", "create_repo"),
@@ -102,6 +81,8 @@ class LocalHub:
         self.objects: dict[str, bytes] = {}  # LFS contents by their sha256
         self.faults: list[Fault] = []
         self.log: list[tuple[str, str]] = []
+        self.ranges: list[tuple[str, str]] = []
+        self.over = threading.Event()
         self._lock = threading.RLock()
         self._closed = False
 
@@ -121,6 +102,7 @@ class LocalHub:
         """From here on nothing answers at `url`; what the repositories hold can still be read."""
         if not self._closed:
             self._closed = True
+            self.over.set()
             self._server.shutdown()
             self._server.server_close()
 
@@ -135,26 +117,52 @@ class LocalHub:
         repository = self.repos[repo]
         return [repository.commits[oid].title for oid in reversed(repository.history(repository.resolve(revision)))]
 
-    def fail(
-        self, method: str, path: str, status: int | None, code: str | None = None, skip: int = 0, times: int = 1
-    ) -> Fault:
-        fault = Fault(method, path, status, code, skip, times)
+    def put(self, repo: str, folder: Path, title: str = "by hand", ref: str = "main") -> str:
+        """Make a repository, new or known, hold the files of a folder, in one commit on `ref`; the commit's id."""
+        repository = self.repos.setdefault(repo, Repository())
+        contents = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        files = {name: StoredFile(path.read_bytes(), self.lfs(repo, name)) for name, path in contents.items()}
+        self.objects |= {stored.sha256: stored.content for stored in files.values() if stored.lfs}
+        parent = repository.refs.get(ref, repository.refs["main"])
+        return repository.add(files, title, ref, parent)
+
+    def fail(self, method: str, path: str, status: int | None, code: str | None = None, **when: Any) -> Fault:
+        fault = Fault(method, path, status, code, **when)
         self.faults.append(fault)
         return fault
 
     # one request
 
-    def answer(self, request: Request) -> tuple[Answer, bool]:
-        """The answer, and whether the connection is to be cut in the middle of it."""
+    def answer(self, request: Request) -> tuple[Answer, Fault | None]:
+        """The answer, and the fault that cuts the connection in the middle of it."""
         with self._lock:
             self.log.append((request.method, request.path))
-            fault = next((fault for fault in self.faults if fault.strikes(request.method, request.path)), None)
+            if request.headers.get("Range"):
+                self.ranges.append((request.path, request.headers["Range"]))
+            fault = self._fault(request.method, request.path, early=False)
             try:
                 if fault is not None and fault.status is not None:
                     raise Refusal(fault.status, "a fault that the test asked for", fault.code)
-                return self._route(request), fault is not None
+                return self._route(request), fault
             except Refusal as refusal:
-                return refusal.answer, fault is not None and fault.status is None
+                return refusal.answer, fault if fault is not None and fault.status is None else None
+
+    def cuts_early(self, method: str, path: str) -> bool:
+        with self._lock:
+            fault = self._fault(method, path, early=True)
+            if fault is not None:
+                self.log.append((method, path))
+            return fault is not None
+
+    def _fault(self, method: str, path: str, early: bool) -> Fault | None:
+        return next((fault for fault in self.faults if fault.early == early and fault.strikes(method, path)), None)
+
+    def _order(self, request: Request) -> Answer:
+        """The faults from here on, in place of all before."""
+        self.faults.clear()
+        for wanted in request.json():
+            self.fail(**wanted)
+        return Answer({})
 
     def _route(self, request: Request) -> Answer:
         asked = "GET" if request.method == "HEAD" else request.method
@@ -230,16 +238,8 @@ class LocalHub:
         card = front_matter(files["README.md"].content.decode()) if "README.md" in files else {}
         return Answer(
             {
-                "_id": oid[:24],
-                "id": name,
-                "modelId": name,
-                "author": name.split("/")[0],
-                "sha": oid,
-                "private": repo.private,
-                "gated": False,
-                "disabled": False,
-                "downloads": 0,
-                "likes": 0,
+                **{"_id": oid[:24], "id": name, "modelId": name, "author": name.split("/")[0], "sha": oid},
+                **{"private": repo.private, "gated": False, "disabled": False, "downloads": 0, "likes": 0},
                 "tags": card.get("tags") or [],
                 "siblings": [{"rfilename": path} for path in sorted(files)],
                 "cardData": card,
@@ -285,7 +285,7 @@ class LocalHub:
             raise Refusal(404, "Entry not found", "EntryNotFound", **{"X-Repo-Commit": oid})
         if not stored.lfs:
             headers = {"X-Repo-Commit": oid, "ETag": f'"{stored.oid}"'}
-            return _part(request, stored.content, headers)
+            return part_of(request, stored.content, headers)
         # the Hub itself says what the file is, and where it lies
         linked = {"X-Linked-ETag": f'"{stored.sha256}"', "X-Linked-Size": len(stored.content)}
         return Answer(
@@ -295,7 +295,7 @@ class LocalHub:
     def _lfs_get(self, request: Request, oid: str) -> Answer:
         if oid not in self.objects:
             raise Refusal(404, "no such object")
-        return _part(request, self.objects[oid], {"ETag": f'"{oid}"'})
+        return part_of(request, self.objects[oid], {"ETag": f'"{oid}"'})
 
     # writing
 
@@ -348,18 +348,6 @@ class LocalHub:
         return Answer({"success": True, "commitOid": oid, "commitUrl": url, "hookOutput": "", **extra})
 
 
-def _part(request: Request, content: bytes, headers: dict[str, Any]) -> Answer:
-    """The content, or the range of it that was asked for."""
-    headers = {**headers, "Accept-Ranges": "bytes"}
-    match = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range") or "")
-    if match is None:
-        return Answer(content, 200, headers)
-    first, last = int(match[1]), min(int(match[2] or len(content) - 1), len(content) - 1)
-    if first >= len(content):
-        raise Refusal(416, "Range Not Satisfiable", **{"Content-Range": f"bytes */{len(content)}"})
-    return Answer(content[first : last + 1], 206, {**headers, "Content-Range": f"bytes {first}-{last}/{len(content)}"})
-
-
 class _Handler(BaseHTTPRequestHandler):
     hub: LocalHub
     protocol_version = "HTTP/1.1"
@@ -369,20 +357,31 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _handle(self):
         url = urlsplit(self.path)
+        if self.hub.cuts_early(self.command, url.path):
+            self.rfile.read(int(self.headers["Content-Length"]) // 2)
+            return self._cut()
         data = self._data()
         request = Request(self.command, url.path, parse_qs(url.query), self.headers, data)
-        answer, cut = self.hub.answer(request)
+        answer, fault = self.hub.answer(request)
         body = answer.encoded()
         self.send_response(answer.status)
         for name, value in {"Content-Type": "application/json", "Content-Length": len(body), **answer.headers}.items():
             self.send_header(name, str(value))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body[: len(body) // 2] if cut else body)
-        if cut:
+            self.wfile.write(body[: len(body) // 2] if fault is not None else body)
+        if fault is not None:
             self.wfile.flush()
+            fault.struck.set()
+            if fault.hold:
+                self.hub.over.wait()
+            self._cut()
+
+    def _cut(self):
+        self.close_connection = True
+        # whoever was killed while it waited is gone already
+        with suppress(OSError):
             self.connection.shutdown(socket.SHUT_RDWR)
-            self.close_connection = True
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _handle
 

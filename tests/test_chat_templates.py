@@ -245,13 +245,19 @@ def test_the_callers_messages_are_left_alone(three):
         ([{"role": "user", "content": 3}], {}, "found int"),
         (user(picture()), {"chat_template": "{{ 'hello' }}"}, "wrote image placeholders of"),
         (user(picture()), {"tokenize": True, "processor_kwargs": {"images": image(1)}}, "give them once"),
-        (user(text("a")), {"load_audio_from_video": True}, "audio block of its own"),
+        (user({"type": "audio"}, text("a")), {"load_audio_from_video": True}, "audio block of its own"),
         (user(text("a")), {"add_generation_prompt": True, "continue_final_message": True}, "not compatible"),
     ],
 )
 def test_refusals(three, messages, options, message):
     with pytest.raises(ValueError, match=message):
         three.apply_chat_template(messages, **options)
+
+
+def test_the_sound_of_a_clip_is_not_asked_for_by_a_flag_alone(three):
+    """transformers' server sets it with every clip."""
+    messages = user(picture(), text("a"))
+    assert three.apply_chat_template(messages, load_audio_from_video=True) == three.apply_chat_template(messages)
 
 
 def test_no_template_at_all_is_refused():

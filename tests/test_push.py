@@ -4,10 +4,6 @@ Everything runs against the Hub of local_hub.py, in child processes: huggingface
 """
 
 import json
-import os
-import subprocess
-import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -16,6 +12,7 @@ from configuration_mmer.export_mmer import AUTO_MAP, shipped_files
 from merging_mmer import Recipe, merge
 from tests import tiny_world
 from tests.hub_storage import front_matter
+from tests.hub_world import World
 from tests.local_hub import LocalHub
 
 CLIENT = Path(__file__).with_name("hub_client.py")
@@ -24,34 +21,10 @@ CODE = {path.name for path in shipped_files()}
 PROCESSOR_FILES = {"processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 
 
-@dataclass
-class World:
-    """One Hub, and what the clients said that have worked with it."""
-
-    hub: LocalHub
-    folder: Path
-    facts: dict = field(default_factory=dict)
-
-    def run(self, task: str, argument: object, home: str, rooms: bool = False, **settings: str) -> dict:
-        scratch = self.folder / f"{task}{len(self.facts)}"
-        scratch.mkdir()
-        unset = {"PYTHONPATH", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE", "HF_MODULES_CACHE"}
-        env = {name: value for name, value in os.environ.items() if name not in unset}
-        env |= dict(HF_ENDPOINT=self.hub.url, HF_TOKEN=self.hub.token, HF_HOME=str(self.folder / home))
-        env |= dict(HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_PROGRESS_BARS="1", HF_HUB_DISABLE_TELEMETRY="1", **settings)
-        if rooms:
-            env["PYTHONPATH"] = str(CLIENT.parent.parent)
-        command = [sys.executable, CLIENT, task, scratch / "facts.json", str(argument)]
-        done = subprocess.run(command, cwd=scratch, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-6000:]
-        self.facts[task] = json.loads((scratch / "facts.json").read_text())
-        return self.facts[task]
-
-    @property
-    def pinned(self) -> str:
-        """The commit of the sharded repository before another model was pushed over it."""
-        repository = self.hub.repos[SHARDED]
-        return repository.history(repository.resolve("main"))[1]
+def before_the_other(hub: LocalHub) -> str:
+    """The commit of the sharded repository before another model was pushed over it."""
+    repository = hub.repos[SHARDED]
+    return repository.history(repository.resolve("main"))[1]
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +34,14 @@ def world(tmp_path_factory):
     with LocalHub(lfs=lambda repo, path: repo == REPO and path.endswith(".safetensors")) as hub:
         # a storage that fails once does not stop a push
         hub.fail("PUT", "/lfs/", 503)
-        made = World(hub, folder)
+        made = World(hub, folder, CLIENT)
         made.run("publish", folder / "mmer-tiny", "publisher-home", rooms=True)
         yield made
 
 
 @pytest.fixture(scope="module")
 def consumed(world):
-    world.run("consume", world.pinned, "consumer-home")
+    world.run("consume", before_the_other(world.hub), "consumer-home")
     return world
 
 
@@ -107,7 +80,7 @@ def test_a_card_is_written_once_and_tags_are_added(world):
 
 def test_save_and_push_uploads_what_was_saved_and_nothing_else(world):
     assert world.facts["publish"]["returned"] == ["processor_config.json"]
-    files = world.hub.files(SHARDED, world.pinned)
+    files = world.hub.files(SHARDED, before_the_other(world.hub))
     assert CODE | PROCESSOR_FILES <= set(files)
     assert "model.safetensors.index.json" in files and "model.safetensors" not in files
     assert "optimizer.pt" not in files
@@ -117,7 +90,7 @@ def test_save_and_push_uploads_what_was_saved_and_nothing_else(world):
 
 def test_no_weights_of_an_earlier_push_stay(world):
     """transformers takes `model.safetensors` before shards, so whichever is left behind would be loaded by someone."""
-    before, after = set(world.hub.files(SHARDED, world.pinned)), set(world.hub.files(SHARDED))
+    before, after = set(world.hub.files(SHARDED, before_the_other(world.hub))), set(world.hub.files(SHARDED))
     assert after - before == {"model.safetensors"}
     gone = before - after
     assert "model.safetensors.index.json" in gone and len(gone) > 2
@@ -170,6 +143,6 @@ def test_what_came_from_the_hub_goes_back_to_it(consumed):
 
 def test_without_the_hub_everything_loads_from_the_cache(consumed):
     consumed.hub.close()
-    seen = consumed.run("reload", consumed.pinned, "consumer-home", HF_HUB_OFFLINE="1")
+    seen = consumed.run("reload", before_the_other(consumed.hub), "consumer-home", HF_HUB_OFFLINE="1")
     before = consumed.facts["consume"]
     assert seen == {key: before[key] for key in ("answers", "named", "pinned", "again")}
