@@ -101,8 +101,13 @@ def _name(value: Any) -> str:
 
 def _local(modality: str, source: Any) -> Path:
     path = Path(source)
-    if not path.is_file():
-        raise ValueError(f"{modality} file not found: {path}")
+    try:
+        there = path.is_file()
+    except (OSError, ValueError):  # longer than a name may be, as base64 is, or with a NUL in it
+        there = False
+    if not there:
+        shown = str(path)
+        raise ValueError(f"{modality} file not found: {shown[:200]}{'…' * (len(shown) > 200)}")
     return path
 
 

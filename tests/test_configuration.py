@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 from configuration_mmer import MMERConfig
+from configuration_mmer.export_mmer import AUTO_MAP
 from configuration_mmer.routes_mmer import named_route, route_tokens
 from tests.tiny_models import AUDIO, IMAGE, mmer_config
 
@@ -119,3 +121,8 @@ def test_routes_that_cannot_be_are_refused(wanted, message):
 
 def test_route_names():
     assert [named_route(name, EXPERTS) for name in ("base", "merged", "image", "audio")] == [0, 1, 2, 3]
+
+
+def test_the_class_is_known_by_name():
+    """transformers' server and its any-to-any pipeline ask this table, and no other."""
+    assert MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES["mmer"] == AUTO_MAP["AutoModelForMultimodalLM"].split(".")[1]

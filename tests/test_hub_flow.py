@@ -63,7 +63,8 @@ def kill_in_mid_download(world: World, plan: dict) -> dict:
     env = world.environment("maker-home", rooms=True)
     running = subprocess.Popen(command, cwd=scratch, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        assert fault.struck.wait(300)
+        while not fault.struck.wait(0.2):
+            assert running.poll() is None, "it ended before it asked for the weights"
     finally:
         running.kill()
         running.wait()
@@ -130,7 +131,7 @@ def test_a_killed_download_leaves_nothing_half_and_the_next_merge_takes_what_is_
 def test_a_source_that_cannot_be_had_is_one_line(flow, case, words):
     found = flow.merged[case]
     assert found["code"] == 1 and not found["trace"], found
-    assert found["output"].startswith("error: ") and found["left"] == []
+    assert "error: " in found["output"] and found["left"] == []
     assert re.search(words, found["output"]), found["output"]
 
 
