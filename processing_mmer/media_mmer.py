@@ -6,6 +6,8 @@ float32 at the rate that the expert wants, or points (N, 3|6). Invariant: an ite
 unchanged.
 """
 
+import base64
+import io
 import math
 import os
 from dataclasses import dataclass
@@ -134,7 +136,10 @@ def read_audio(source: Any, rate: int, given_rate: int | None = None) -> np.ndar
         given_rate = source.get("sampling_rate", given_rate)
         source = source["array"]
     if isinstance(source, str) and source.startswith(_REMOTE):
-        return load_audio(source, sampling_rate=rate, backend="soundfile")
+        try:
+            return load_audio(source, sampling_rate=rate, backend="soundfile")
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ValueError(f"cannot read the audio {source[:200]}: {error}") from error
     origin = "audio array"
     if isinstance(source, (str, os.PathLike)):
         wave, given_rate = _read_sound_file(_local("audio", source))
@@ -222,13 +227,16 @@ def read_video(
     A file gives 8 frames when neither is asked for. Frames and arrays come as they are unless `count` is asked for.
     `include_last`: see `uniform_frames`.
     """
+    if isinstance(source, str) and source.startswith("data:"):  # which load_video does not know
+        return _read_video_file(_in_data(source), source[:40], count, fps, include_last)
     if isinstance(source, str) and source.startswith(_REMOTE):
         fetch: Any = load_video
         return fetch(
             source, backend="pyav", sample_indices_fn=lambda metadata, **_: _wanted(metadata, count, fps, include_last)
         )
     if isinstance(source, (str, os.PathLike)):
-        return _read_video_file(_local("video", source), count, fps, include_last)
+        path = str(_local("video", source))
+        return _read_video_file(path, path, count, fps, include_last)
     if isinstance(source, (list, tuple)):
         frames = [np.asarray(_colour(read_image(frame))) for frame in source]
         if len({frame.shape for frame in frames}) != 1:
@@ -254,15 +262,24 @@ def _wanted(metadata: VideoMetadata, count: int | None, fps: float | None, inclu
     return uniform_frames(total, count or DEFAULT_FRAMES, include_last)
 
 
+def _in_data(source: str) -> io.BytesIO:
+    """The bytes in a data: URI."""
+    try:
+        return io.BytesIO(base64.b64decode(source.partition(",")[2], validate=True))
+    except ValueError as error:
+        raise ValueError(f"cannot read the video {source[:40]}…: {error}; expected data:video/…;base64,…") from error
+
+
 def _read_video_file(
-    path: Path, count: int | None, fps: float | None, include_last: bool
+    file: str | io.BytesIO, path: str, count: int | None, fps: float | None, include_last: bool
 ) -> tuple[np.ndarray, VideoMetadata]:
+    """A path, or the bytes of a file; `path` names it in messages."""
     try:
         import av
     except ImportError as error:
-        raise ImportError(f"reading {path.name} needs av: pip install av, or pass the frames") from error
+        raise ImportError(f"reading {path} needs av: pip install av, or pass the frames") from error
     try:
-        with av.open(str(path)) as container:
+        with av.open(file) as container:
             stream = container.streams.video[0]
             rate = float(stream.average_rate) if stream.average_rate else None
             # a container's frame count may be missing or wrong, so the packets are counted: none is decoded
@@ -277,7 +294,9 @@ def _read_video_file(
             )
         places = _wanted(metadata, count, fps, include_last)
         kept: dict[int, np.ndarray] = {}
-        with av.open(str(path)) as container:
+        if isinstance(file, io.BytesIO):
+            file.seek(0)
+        with av.open(file) as container:
             wanted = set(places.tolist())
             for place, frame in enumerate(container.decode(video=0)):
                 if place in wanted:

@@ -1,5 +1,6 @@
 """Reading media: a file, an array and a PIL image of one thing give the same tensors; what cannot be read is named."""
 
+import base64
 import math
 import sys
 
@@ -194,6 +195,28 @@ def test_unreadable_files_are_named(read, name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read(tmp_path / name)
+
+
+def test_media_in_base64_are_those_of_the_files(tmp_path):
+    """As requests to a server hold them."""
+    clip = write_video(tmp_path / "walk.mkv", video(0, 12), rate=4)
+    soundfile.write(tmp_path / "dog.wav", np.linspace(-0.5, 0.5, 800), 16000)
+    Image.fromarray(video(0, 1)[0]).save(tmp_path / "cup.png")
+    inside = {
+        path.name: f"data:x/y;base64,{base64.b64encode(path.read_bytes()).decode()}" for path in tmp_path.iterdir()
+    }
+    (frames, metadata), (wanted, known) = (read_video(one, 3) for one in (inside["walk.mkv"], clip))
+    assert np.array_equal(frames, wanted) and metadata.frames_indices == known.frames_indices == [0, 4, 8]
+    assert np.array_equal(read_audio(inside["dog.wav"], 16000), read_audio(tmp_path / "dog.wav", 16000))
+    assert np.array_equal(read_image(inside["cup.png"]), read_image(tmp_path / "cup.png"))
+
+
+@pytest.mark.parametrize("read", [read_image, read_video, lambda source: read_audio(source, 16000)])
+@pytest.mark.parametrize("content", ["data:x/y;base64,???", "data:x/y;base64,bm90IGEgbWVkaXVt", "A" * 70000])
+def test_broken_base64_is_refused_in_few_words(read, content):
+    with pytest.raises(ValueError, match="cannot read the|file not found: A") as caught:
+        read(content)
+    assert len(str(caught.value)) < 600
 
 
 def test_missing_packages_are_named(monkeypatch, tmp_path):
