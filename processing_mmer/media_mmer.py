@@ -122,7 +122,7 @@ def read_image(source: Any) -> Any:
     try:
         return load_image(source)
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read the image {str(source)[:200]}: {error}") from error
+        raise ValueError(f"cannot read the image {str(source)[:200]}: {str(error)[:200]}") from error
 
 
 def read_audio(source: Any, rate: int, given_rate: int | None = None) -> np.ndarray:
@@ -139,7 +139,7 @@ def read_audio(source: Any, rate: int, given_rate: int | None = None) -> np.ndar
         try:
             return load_audio(source, sampling_rate=rate, backend="soundfile")
         except (OSError, ValueError, RuntimeError) as error:
-            raise ValueError(f"cannot read the audio {source[:200]}: {error}") from error
+            raise ValueError(f"cannot read the audio {source[:200]}: {str(error)[:200]}") from error
     origin = "audio array"
     if isinstance(source, (str, os.PathLike)):
         wave, given_rate = _read_sound_file(_local("audio", source))

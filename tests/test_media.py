@@ -202,8 +202,10 @@ def test_media_in_base64_are_those_of_the_files(tmp_path):
     clip = write_video(tmp_path / "walk.mkv", video(0, 12), rate=4)
     soundfile.write(tmp_path / "dog.wav", np.linspace(-0.5, 0.5, 800), 16000)
     Image.fromarray(video(0, 1)[0]).save(tmp_path / "cup.png")
+    kinds = {"walk.mkv": "video/x-matroska", "dog.wav": "audio/wav", "cup.png": "image/png"}
     inside = {
-        path.name: f"data:x/y;base64,{base64.b64encode(path.read_bytes()).decode()}" for path in tmp_path.iterdir()
+        name: f"data:{kind};base64,{base64.b64encode((tmp_path / name).read_bytes()).decode()}"
+        for name, kind in kinds.items()
     }
     (frames, metadata), (wanted, known) = (read_video(one, 3) for one in (inside["walk.mkv"], clip))
     assert np.array_equal(frames, wanted) and metadata.frames_indices == known.frames_indices == [0, 4, 8]
