@@ -99,7 +99,9 @@ def _advice(source: str, error: BaseException) -> str:
         return "HF_HUB_OFFLINE is set: unset it, or fetch it before"
     if any(isinstance(one, LocalEntryNotFoundError) for one in causes):
         return "Look at the connection, and start again: what was fetched whole is kept"
-    return "The connection broke. Start again: what was fetched whole is kept"
+    if any(isinstance(one, HTTPError) for one in causes):
+        return "The connection broke. Start again: what was fetched whole is kept"
+    return "Start again when that is mended: what was fetched whole is kept"
 
 
 __all__ = ["from_hub"]
