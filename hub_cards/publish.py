@@ -187,11 +187,18 @@ def _tried(call: Callable[[], T]) -> T:
     for wait in WAITS:
         try:
             return call()
-        except HTTPError as error:
-            if isinstance(error, HfHubHTTPError) and error.response.status_code not in _PASSING:
+        except (HTTPError, RuntimeError) as error:
+            failed = _failed_request(error)
+            if failed is None or (isinstance(failed, HfHubHTTPError) and failed.response.status_code not in _PASSING):
                 raise
             time.sleep(wait)
     return call()
+
+
+def _failed_request(error: BaseException | None) -> HTTPError | None:
+    """The request that failed: huggingface_hub raises a RuntimeError from it where a file was being uploaded."""
+    cause = error.__cause__ if isinstance(error, RuntimeError) else None
+    return next((one for one in (error, cause) if isinstance(one, HTTPError)), None)
 
 
 class _Words:
@@ -203,7 +210,8 @@ class _Words:
     def __enter__(self):
         return self
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any):
+    def __exit__(self, kind: Any, raised: BaseException | None, trace: Any):
+        error = _failed_request(raised)
         if isinstance(error, HfHubHTTPError):
             status = error.response.status_code
             said = " ".join((error.server_message or str(error)).split())[:300]

@@ -92,7 +92,9 @@ def _advice(source: str, error: BaseException) -> str:
     if status == 404:
         return "It does not hold that file: look at the name"
     if status == 429:
-        return f"It was asked too often; it was tried several times. Wait, then start again ({known})"
+        return (
+            "It was tried several times. Wait, then start again; who has logged in with `hf auth login` may ask more"
+        )
     if status is not None:
         return "It was tried several times. Start again later: what was fetched whole is kept"
     if any(isinstance(one, OfflineModeIsEnabled) for one in causes):

@@ -64,7 +64,7 @@ def merge(plan: dict[str, Any]) -> dict[str, Any]:
     def merged(name: str, base: str, *faults: dict[str, Any], **experts: str):
         order(*faults)
         recipe = {"base": base, "experts": experts or {"image": plan["image"]}}
-        Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+        Path("recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
         command(name, "merge", "recipe.yaml", name.replace(" ", "-"))
         facts[name]["left"] = sorted(path.name for path in Path().iterdir() if path.name != "recipe.yaml")
 
@@ -135,7 +135,7 @@ def load_it(plan: dict[str, Any]) -> dict[str, Any]:
     order(fault("GET", weights, 429), fault("GET", weights, None, skip=1))
     model, processor = load(REPO)
     facts["answers"], facts["module"] = answers(model, processor), type(model).__module__
-    facts["inferred"] = piped(model=REPO)
+    facts["task"], facts["texts"] = piped(model=REPO).values()
     return facts | pinned(plan)
 
 
@@ -153,7 +153,8 @@ def pinned(plan: dict[str, Any]) -> dict[str, Any]:
 
 
 def offline(plan: dict[str, Any]) -> dict[str, Any]:
-    return {"answers": answers(*load(REPO)), "inferred": piped(model=REPO), **pinned(plan)}
+    # transformers asks the Hub for a task that is not named
+    return {"answers": answers(*load(REPO)), "texts": piped("any-to-any", model=REPO)["texts"], **pinned(plan)}
 
 
 if __name__ == "__main__":
