@@ -95,7 +95,7 @@ def merge(plan: dict[str, Any]) -> dict[str, Any]:
     merged(
         "merged", "org/base",
         fault("GET", "api/models/org/base/", 500), fault("GET", plan["shard"], None, skip=1),
-        fault("GET", plan["shard"], 429), fault("GET", "org/eye/resolve/.*tokenizer.json", 503),
+        fault("GET", plan["shard"], 429), fault("GET", "org/ear/resolve/.*tokenizer.json", 503),
         image=plan["image"], audio=plan["audio"],
     )  # fmt: skip
 

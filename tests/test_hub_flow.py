@@ -18,6 +18,7 @@ from tests import tiny_world
 from tests.hub_world import World
 from tests.local_hub import LocalHub
 
+pytestmark = pytest.mark.slow  # five processes, each of which imports torch
 CLIENT = Path(__file__).with_name("hub_flow_client.py")
 REPO, DOWN = "org/mmer-tiny", "org/mmer-down"
 PIECE = 1 << 12  # as hub_flow_client.py has it
@@ -158,6 +159,12 @@ def test_a_merge_from_ids_is_the_merge_of_the_folders(flow):
             assert path.read_bytes() == (made / path.name).read_bytes(), path.name
     recipe = (made / "merge_recipe.yaml").read_text()
     assert "base: org/base\n" in recipe and "org/eye@v1" in recipe and flow.plan["audio"] in recipe
+
+
+def test_a_file_that_the_hub_failed_to_give_is_asked_for_again(flow):
+    asked = [path for method, path in flow.hub.log if method == "GET" and "org/ear/resolve" in path]
+    assert sum(path.endswith("/tokenizer.json") for path in asked) == 2
+    assert sum(path.endswith("/config.json") for path in asked) == 1
 
 
 def test_a_download_that_broke_off_goes_on_where_it_was(flow):
