@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from evaluation_mmer.result_tables import evaluated
-from evaluation_mmer.tables import densities, inspected, plan_lines, published_lines
+from evaluation_mmer.tables import densities, inspected, plan_lines
+from hub_cards.commands import add_commands
 from merging_mmer import merge as merge_folder
 from merging_mmer.command_words import asked_experts, encoders, together
 from merging_mmer.recipe import Recipe, load_experts
@@ -25,7 +26,7 @@ from merging_mmer.start import collector_paused, own_process
 if TYPE_CHECKING:
     from configuration_mmer import MMERConfig
     from evaluation_mmer.results import Evaluation
-    from hub_cards import Published, write_card
+    from hub_cards import Published, push_space, serve, write_card
     from merging_mmer import MergeReport
     from merging_mmer.exporting import export_route
     from merging_mmer.inspection import Inspection, inspect
@@ -51,7 +52,9 @@ __all__ = [
     "inspect",
     "merge",
     "push",
+    "push_space",
     "remove",
+    "serve",
     "verify",
     "write_card",
 ]
@@ -67,6 +70,8 @@ _HOMES = {
     "Verification": "merging_mmer.verification",
     "export_route": "merging_mmer.exporting",
     "inspect": "merging_mmer.inspection",
+    "push_space": "hub_cards",
+    "serve": "hub_cards",
     "verify": "merging_mmer.verification",
     "write_card": "hub_cards",
 }
@@ -286,35 +291,7 @@ def evaluate_command(
         console.print(evaluated(evaluate(**{**locals(), "route": route or ()})))
 
 
-@app.command()
-def card(
-    folder: Annotated[Path, typer.Argument(help="a merged folder")],
-    repo: Annotated[str | None, typer.Option(help="the id that its snippets load, if not the folder's")] = None,
-    license: Annotated[str | None, typer.Option(help="the license to name, instead of the strictest")] = None,
-    plots: Annotated[bool, typer.Option(help="draw them")] = True,
-):
-    """Write the model card of a merged folder anew, with its plots."""
-    with _plain_errors():
-        console.print(_imported("hub_cards", "write_card")(folder, repo, license, plots))
-
-
-@app.command("push")
-def push_command(
-    folder: Annotated[Path, typer.Argument(help="a merged folder")],
-    repo: Annotated[str, typer.Argument(help="org/name")],
-    private: Annotated[bool | None, typer.Option(help="what a new repository is to be")] = None,
-    revision: Annotated[str | None, typer.Option(help="a branch; made when it is not there")] = None,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="as a pull request")] = False,
-    message: Annotated[str | None, typer.Option(help="of the commit")] = None,
-    license: Annotated[str | None, typer.Option(help="the license to name, also where the inputs' clash")] = None,
-    large: Annotated[bool, typer.Option("--large", help="in several commits, where it is very large")] = False,
-):
-    """Check a merged folder, write its card, and send it to the Hub in one commit."""
-    options = {name: value for name, value in locals().items() if name not in ("folder", "repo")}
-    with _plain_errors():
-        made = push(folder, repo, **options)
-    for line in published_lines(made):
-        console.print(line, highlight=False)
+add_commands(app, console, _plain_errors, push)
 
 
 @app.command("export")

@@ -113,12 +113,3 @@ def _size(size: float) -> str:
 
 
 __all__ = ["densities", "inspected", "plan_lines"]
-
-
-def published_lines(made: Any) -> Iterator[str]:
-    """What `mmer push` prints of a `Published`."""
-    yield from map(escape, made.notes)
-    if made.left_out:
-        yield escape(f"not part of a repository, and left out: {', '.join(made.left_out)}")
-    what = f"{len(made.files)} files" if made.changed or made.pull_request else "nothing has changed since"
-    yield escape(f"{made.pull_request or made.url} ({what})")

@@ -81,8 +81,7 @@ def push_folder(
     """
     folder = Path(folder).expanduser()
     _, recipe, _ = read_folder(folder)
-    if re.fullmatch(r"([\w.-]+/)?[\w.-]+", repo_id) is None:
-        raise ValueError(f"found the repository {repo_id!r}, expected name or org/name")
+    check_name(repo_id)
     if create_pr and revision is not None:
         raise ValueError("found create_pr and a revision: a pull request goes against main. Give one of them")
     licensing = _settled(folder, recipe, license)
@@ -92,23 +91,28 @@ def push_folder(
         notes.append(f"merge_recipe.yaml names {len(named)} folders of this machine, such as {named[0]}")
     files, left_out = repository_files(folder)
     api = HfApi(token=token)
-    with _Words(repo_id):
-        name = _tried(lambda: api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
+    with PlainRefusals(repo_id):
+        name = tried(lambda: api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
         if revision is not None and not revision.startswith("refs/pr/"):
-            _tried(lambda: api.create_branch(name, branch=revision, exist_ok=True))
-        before = _tried(lambda: api.repo_info(name, revision=revision).sha)
+            tried(lambda: api.create_branch(name, branch=revision, exist_ok=True))
+        before = tried(lambda: api.repo_info(name, revision=revision).sha)
         message = message or f"Upload {folder.resolve().name}"
         send = _send_large if large else _send
         where = {"revision": revision, "create_pr": create_pr, "commit_message": message}
         # a pull request that was opened, and whose answer was lost, must not be opened twice
-        made: Any = send(api, name, folder, files, where) if create_pr else _tried(
+        made: Any = send(api, name, folder, files, where) if create_pr else tried(
             lambda: send(api, name, folder, files, where)
         )  # fmt: skip
-        after: Any = getattr(made, "oid", None) or _tried(lambda: api.repo_info(name, revision=revision).sha)
+        after: Any = getattr(made, "oid", None) or tried(lambda: api.repo_info(name, revision=revision).sha)
     return Published(
         name, str(getattr(made, "commit_url", f"{api.endpoint}/{name}")), after, after != before,
         getattr(made, "pr_url", None), files, left_out, notes,
     )  # fmt: skip
+
+
+def check_name(repo_id: str) -> None:
+    if re.fullmatch(r"([\w.-]+/)?[\w.-]+", repo_id) is None:
+        raise ValueError(f"found the repository {repo_id!r}, expected name or org/name")
 
 
 def repository_files(folder: Path) -> tuple[list[str], list[str]]:
@@ -182,7 +186,7 @@ def _gone(api: HfApi, name: str, files: list[str], revision: str | None) -> list
     return [path for path in there if path not in files and _matches(path, _WRITTEN)]
 
 
-def _tried(call: Callable[[], T]) -> T:
+def tried(call: Callable[[], T]) -> T:
     """What `call` gives, tried again where the Hub or the way to it failed for the moment."""
     for wait in WAITS:
         try:
@@ -201,7 +205,7 @@ def _failed_request(error: BaseException | None) -> HTTPError | None:
     return next((one for one in (error, cause) if isinstance(one, HTTPError)), None)
 
 
-class _Words:
+class PlainRefusals:
     """What the Hub refuses, in one line that says what to do."""
 
     def __init__(self, repo_id: str):

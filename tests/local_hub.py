@@ -1,6 +1,6 @@
 """A small Hugging Face Hub in this process, for tests: what huggingface_hub 2.4 and transformers 5.23 ask of it.
 
-It holds repositories of models as the real one does: commits that never change, branches and pull requests that point
+It holds repositories of models, and of Spaces ("spaces/org/name"), as the real one does: commits that never change, branches and pull requests that point
 at them, files stored `regular` or as LFS. It speaks the real one's routes, headers and error codes, and wants the real
 one's token for every write. Xet is not spoken: clients run with HF_HUB_DISABLE_XET=1.
 
@@ -41,9 +41,10 @@ from .hub_storage import (
 )
 
 # the values of a group are unquoted after the match, so a revision "refs%2Fpr%2F1" is one part of a path
-_REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
+_NAME = r"[\w.-]+/[\w.-]+"
+_REPO = rf"(?P<repo>(?:spaces/)?{_NAME})"
 _REVISION = r"(?P<revision>[^/]+)"
-_API = rf"/api/models/{_REPO}"
+_API = rf"/api/(?P<repo>(?:models|spaces)/{_NAME})"
 ROUTES = (
     ("POST", r"/faults", "order"),
     ("GET", r"/api/whoami-v2", "whoami"),
@@ -178,7 +179,7 @@ class LocalHub:
             if asked != "GET" and not known and name not in {*_ANYBODY, "lfs_put"}:
                 raise Refusal(401, "Invalid username or password.")
             if "repo" in parts:
-                parts["repo"] = self._repository(parts["repo"], known)
+                parts["repo"] = self._repository(parts["repo"].removeprefix("models/"), known)
             return getattr(self, f"_{name}")(request, **parts)
         raise Refusal(404, f"no route for {request.method} {request.path}")
 
@@ -213,13 +214,16 @@ class LocalHub:
 
     def _wanted_name(self, request: Request) -> str:
         wanted = request.json()
-        return f"{wanted.get('organization') or 'tester'}/{wanted['name']}"
+        kind = "spaces/" if wanted.get("type") == "space" else ""
+        return f"{kind}{wanted.get('organization') or 'tester'}/{wanted['name']}"
 
     def _create_repo(self, request: Request) -> Answer:
         name = self._wanted_name(request)
         there = name in self.repos
         if not there:
             wanted = request.json()
+            if name.startswith("spaces/") and not wanted.get("sdk"):
+                raise Refusal(400, "a Space needs an sdk")
             self.repos[name] = Repository(wanted.get("private") is True or wanted.get("visibility") == "private")
         body = {"url": f"{self.url}/{name}", "name": name, "id": name}
         return Answer({"error": "You already created this model repo", **body}, 409) if there else Answer(body)
@@ -234,7 +238,7 @@ class LocalHub:
     def _model_info(self, request: Request, repo: Repository, revision: str = "main") -> Answer:
         oid = repo.resolve(revision)
         files = repo.commits[oid].files
-        name = self._name(repo)
+        name = self._name(repo).removeprefix("spaces/")
         card = front_matter(files["README.md"].content.decode()) if "README.md" in files else {}
         return Answer(
             {
