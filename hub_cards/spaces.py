@@ -1,8 +1,8 @@
 """A Space of the Hub with the chat page for a merged model: the folder `space/`, told which model it shows.
 
-Enters: the id of a model on the Hub and the commit to show. Leaves: one commit to a Space, and `Published`. Invariants:
-the Space stands alone, it needs nothing of ours but the model's repository; it shows one commit, not what the model
-becomes later; what is there already makes no commit.
+Enters: the id of a model on the Hub and the commit to show. Leaves: one commit to a Space, and `Published`.
+Invariants: the Space stands alone, it needs nothing of ours but the model's repository; it shows one commit, not what
+the model becomes later; what is there already makes no commit.
 """
 
 import json

@@ -1,8 +1,9 @@
 """A small Hugging Face Hub in this process, for tests: what huggingface_hub 2.4 and transformers 5.23 ask of it.
 
-It holds repositories of models, and of Spaces ("spaces/org/name"), as the real one does: commits that never change, branches and pull requests that point
-at them, files stored `regular` or as LFS. It speaks the real one's routes, headers and error codes, and wants the real
-one's token for every write. Xet is not spoken: clients run with HF_HUB_DISABLE_XET=1.
+It holds repositories of models, and of Spaces ("spaces/org/name"), as the real one does: commits that never change,
+branches and pull requests that point at them, files stored `regular` or as LFS. It speaks the real one's routes,
+headers and error codes, and wants the real one's token for every write. Xet is not spoken: clients run with
+HF_HUB_DISABLE_XET=1.
 
     with LocalHub() as hub:
         subprocess.run(command, env={**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, ...})

@@ -49,6 +49,7 @@ def main(hub: LocalHub, merged: Path) -> dict[str, Any]:
     command("changed", "org/new", "--space")
     command("branch", "org/new", "--space", "--revision", "next", revision="next")
     command("named", "org/new", "--space-repo", "org/other", space="spaces/org/other")
+    command("private", "org/secret", "--space", "--private", space="spaces/org/secret-space")
 
     # what is in the Space already: a page of an earlier time, and a card by hand
     older = [CommitOperationAdd("chat_page/older.py", b"older"), CommitOperationAdd("examples/a.txt", b"theirs")]

@@ -211,6 +211,7 @@ def test_older_code_goes_and_what_people_added_stays(facts):
 
 def test_a_private_model_needs_a_secret(facts):
     assert "give the Space a secret HF_TOKEN" not in facts["new"]["output"]
+    assert "give the Space a secret HF_TOKEN" in facts["private"]["output"]
     assert not facts["token seen"]
 
 

@@ -177,7 +177,7 @@ def answers(
                 yield _grown(parts, chat, shown, answer)
         words = f"{prompt.length} tokens read, answered by **{prompt.answer_route}**"
         yield {
-            **_grown(parts, chat, shown, answer), parts["box"]: _idle(),
+            **_grown(parts, chat, shown, answer), parts["box"]: _idle(), parts["read"]: _spans(prompt.spans),
             parts["wrote"]: _spans([(answer or " ", prompt.answer_route)]),
             parts["note"]: f"{words} in {time.monotonic() - started:.1f} s",
         }  # fmt: skip
