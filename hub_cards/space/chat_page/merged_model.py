@@ -60,12 +60,17 @@ class MergedModel:
         order = ("image", "audio", "video", "point_cloud")
         return {modality: found[modality] for modality in order if modality in found}
 
-    def read(self, chat: Sequence[dict[str, Any]], text_route: str = AUTO) -> Prompt:
-        """Raises Refused for what the processor refuses: files it cannot read, sounds too long, unknown routes."""
+    def read(self, chat: Sequence[dict[str, Any]], text_route: str = AUTO, cut_sounds: bool = False) -> Prompt:
+        """cut_sounds: of a sound that is longer than its expert hears, take the start.
+
+        Raises Refused for what the processor refuses: files it cannot read, sounds too long, unknown routes.
+        """
+        cut: dict[str, Any] = {"audio_kwargs": {"truncation": True}} if cut_sounds else {}
         try:
             inputs = self.processor.apply_chat_template(
-                list(chat), tokenize=True, return_dict=True, add_generation_prompt=True, text_route=text_route
-            )
+                list(chat), tokenize=True, return_dict=True, add_generation_prompt=True,
+                text_route=text_route, processor_kwargs=cut,
+            )  # fmt: skip
         except (ValueError, OSError, ImportError) as error:
             raise Refused(without_folders(str(error), chat)) from error
         columns = (inputs[name][0].tolist() for name in ("input_ids", "route_ids", "mm_token_type_ids"))

@@ -8,6 +8,7 @@ the browser's session alone.
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,11 @@ CSS = """
   color: white; font-size: .8rem}
 .spans {max-height: 300px; overflow-y: auto !important}
 #note p {font-size: .85rem; color: var(--body-text-color-subdued)}
-.spans .textspan {word-break: normal; overflow-wrap: anywhere}
+.spans .textfield {word-break: normal; overflow-wrap: anywhere}
 table.shares {width: 100%; border-collapse: collapse; border: none !important; font-size: .85rem;
   font-variant-numeric: tabular-nums}
 table.shares th {font-weight: 600; text-align: left; padding: .3rem .5rem; white-space: nowrap}
-table.shares td {padding: .3rem .5rem}
+table.shares td {padding: .3rem .5rem} table.shares tr {border: none !important}
 table.shares th, table.shares td {border: none !important;
   border-bottom: 1px solid var(--border-color-primary) !important}
 table.shares i {display: inline-block; width: .7rem; height: .7rem; border-radius: .2rem; margin-right: .45rem}
@@ -45,6 +46,17 @@ table.shares td > div {height: .35rem; border-radius: .2rem; margin-top: .2rem;
 table.shares td > div > div {height: 100%; border-radius: .2rem}
 footer {display: none !important}
 """
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What was chosen beside the question. experts: modality -> who is to take it, None where the route says."""
+
+    route: str
+    length: int
+    temperature: float
+    cut_sounds: bool
+    experts: dict[str, str | None]
 
 
 def theme() -> gr.themes.Base:
@@ -78,7 +90,7 @@ def build(merged: MergedModel, shares: Shares) -> gr.Blocks:
         with gr.Row():
             with gr.Column(scale=3, min_width=360):
                 chatbot = gr.Chatbot(
-                    label="chat", height=520, elem_id="chat", feedback_options=None,
+                    label="Chat", height=520, elem_id="chat", feedback_options=None, buttons=["copy", "copy_all"],
                     placeholder=f"Attach {what}, or ask in text alone" if what else "Ask",
                 )  # fmt: skip
                 sources: Any = ["upload", "microphone"] if "audio" in takes else ["upload"]
@@ -99,9 +111,12 @@ def build(merged: MergedModel, shares: Shares) -> gr.Blocks:
                     )
                     for modality, experts in several.items()
                 ]  # fmt: skip
-                with gr.Accordion("Length and temperature of answers", open=False):
-                    length = gr.Slider(1, 1024, value=128, step=1, label="tokens at most")
-                    heat = gr.Slider(0, 1.5, value=0, step=0.1, label="temperature", info="0: always the likeliest")
+                with gr.Accordion("Settings", open=False):
+                    length = gr.Slider(1, 1024, value=128, step=1, label="Tokens at most")
+                    heat = gr.Slider(0, 1.5, value=0, step=0.1, label="Temperature", info="0: always the likeliest")
+                    cut = gr.Checkbox(
+                        label="Of sounds that are too long, hear the start", visible="audio" in takes, elem_id="cut"
+                    )
                 read = gr.HighlightedText(
                     label="Which parameters read which token", color_map=colors, elem_id="read", elem_classes="spans",
                     visible=False,
@@ -116,14 +131,21 @@ def build(merged: MergedModel, shares: Shares) -> gr.Blocks:
         talk = gr.State({"chat": [], "shown": []})
 
         def ask(
-            message: dict[str, Any], talk: dict[str, Any], route: str, length: int, heat: float, *chosen: str
+            message: dict[str, Any],
+            talk: dict[str, Any],
+            route: str,
+            length: int,
+            heat: float,
+            cut: bool,
+            *chosen: str,
         ) -> Iterator[dict[Any, Any]]:
             named = {modality: name or None for modality, name in zip(several, chosen)}
-            yield from answers(merged, takes, message, talk, route, int(length), float(heat), named, parts)
+            wanted = Wanted(route, int(length), float(heat), bool(cut), named)
+            yield from answers(merged, takes, message, talk, wanted, parts)
 
         parts = {"box": box, "chatbot": chatbot, "talk": talk, "read": read, "wrote": wrote, "note": note}
         asked = box.submit(
-            ask, [box, talk, route, length, heat, *choices], list(parts.values()), concurrency_limit=AT_ONCE,
+            ask, [box, talk, route, length, heat, cut, *choices], list(parts.values()), concurrency_limit=AT_ONCE,
             api_name="ask", show_progress="hidden",
         )  # fmt: skip
         # a call that is cancelled closes its generator, and with it the thread that generates
@@ -142,10 +164,7 @@ def answers(
     takes: dict[str, list[str]],
     message: dict[str, Any],
     talk: dict[str, Any],
-    route: str,
-    length: int,
-    heat: float,
-    chosen: dict[str, str | None],
+    wanted: Wanted,
     parts: dict[str, Any],
 ) -> Iterator[dict[Any, Any]]:
     """What changes on the page while a question is answered. A question that fails leaves the chat as it was."""
@@ -163,14 +182,14 @@ def answers(
 
     yield {parts["box"]: _busy(), parts["chatbot"]: asked}
     try:
-        chat = [*talk["chat"], user_turn(text, files, takes, chosen)]
-        prompt = merged.read(chat, route)
+        chat = [*talk["chat"], user_turn(text, files, takes, wanted.experts)]
+        prompt = merged.read(chat, wanted.route, wanted.cut_sounds)
         shown = [*talk["shown"], *map(_medium, files), *asked[len(talk["shown"]) :]]
         yield {
             parts["chatbot"]: shown, parts["read"]: _spans(prompt.spans), parts["wrote"]: _spans(), parts["note"]: "",
         }  # fmt: skip
         answer, last, started = "", 0.0, time.monotonic()
-        for piece in merged.answer(prompt, length, heat):
+        for piece in merged.answer(prompt, wanted.length, wanted.temperature):
             answer += piece
             if time.monotonic() - last > SECONDS_BETWEEN:
                 last = time.monotonic()
