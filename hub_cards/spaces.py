@@ -7,6 +7,7 @@ the model becomes later; what is there already makes no commit.
 
 import json
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -73,7 +74,7 @@ def push_space(
             notes.append("the model is private: give the Space a secret HF_TOKEN that may read it")
         before = tried(lambda: api.repo_info(name, repo_type="space").sha)
         gone = [path for path in there if path.startswith(f"{CODE}/") and path not in files]
-        operations = [CommitOperationAdd(path, content) for path, content in files.items()]
+        operations: list[Any] = [CommitOperationAdd(path, content) for path, content in files.items()]
         operations += [CommitOperationDelete(path) for path in gone]
         title = message or f"Show {model} at {revision[:12]}"
         made = tried(

@@ -70,7 +70,8 @@ class Page:
         self.page.wait_for_function(
             f"document.querySelectorAll('#chat [data-testid=bot]').length > {before}"
             " && document.querySelector('#box .submit-button')"
-            " && (document.querySelector('#wrote') || document.querySelector('#chat').innerText.includes('Not answered'))"
+            " && (document.querySelector('#wrote')"
+            "     || document.querySelector('#chat').innerText.includes('Not answered'))"
         )
         return self.answers().last.inner_text().strip()
 

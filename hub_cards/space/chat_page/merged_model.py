@@ -73,9 +73,9 @@ class MergedModel:
             )  # fmt: skip
         except (ValueError, OSError, ImportError) as error:
             raise Refused(without_folders(str(error), chat)) from error
-        columns = (inputs[name][0].tolist() for name in ("input_ids", "route_ids", "mm_token_type_ids"))
-        decode = self.processor.tokenizer.decode
-        return Prompt(inputs, spans(*columns, self.routes, decode), self.routes[int(inputs["text_route"][0])])
+        ids, routes, kinds = (inputs[name][0].tolist() for name in ("input_ids", "route_ids", "mm_token_type_ids"))
+        found = spans(ids, routes, kinds, self.routes, self.processor.tokenizer.decode)
+        return Prompt(inputs, found, self.routes[int(inputs["text_route"][0])])
 
     def answer(
         self,

@@ -38,7 +38,6 @@ def serve(
     port: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
-    name: str | None = None,
     **classes: Any,
 ) -> None:
     """host, port: gradio's own, 127.0.0.1 and the first free one from 7860 on, where they are None. classes: as `load`
@@ -48,7 +47,7 @@ def serve(
     from .page import CSS, build, theme
 
     merged = load(model, revision, device, dtype, **classes)
-    merged.name = name or Path(model).name if Path(model).is_dir() else model
+    merged.name = Path(model).resolve().name if Path(model).is_dir() else model
     report = stored_report(model, revision)
     page = build(merged, counted(merged.model) if report is None else reported(report))
     page.queue().launch(
