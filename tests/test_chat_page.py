@@ -5,12 +5,14 @@ directly.
 """
 
 import threading
+import time
 import wave
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from hub_cards.space.chat_page import merged_model
 from mmer import merge
 from modeling_mmer import MMERForConditionalGeneration
 from processing_mmer import MMERProcessor
@@ -20,6 +22,7 @@ from tests.chat_server import ChatServer
 gradio_client = pytest.importorskip("gradio_client")
 pytest.importorskip("gradio")
 httpx = pytest.importorskip("httpx")
+page = pytest.importorskip("hub_cards.space.chat_page.page")
 TOKENS = 6
 
 
@@ -228,6 +231,36 @@ def test_an_answer_grows_and_can_be_stopped(server):
     chatbot, *_ = ask(client(server), "what is red ?", route="base")
     assert said(chatbot).strip()
     assert "Traceback" not in server.log[before:]
+
+
+def test_a_call_that_is_cancelled_stops_the_model(model):
+    """In this process, so that the thread that generates can be seen."""
+    whole, processor = model
+    built = page.build(merged_model.MergedModel(whole, processor, "tiny"), {})
+    # the answer would take longer than this test may
+    whole.generation_config.eos_token_id, ended = None, whole.generation_config.eos_token_id
+    steps, delayed = [], whole.forward
+    whole.forward = lambda *args, **kwargs: (steps.append(time.sleep(0.05)), delayed(*args, **kwargs))[1]
+    try:
+        _, url, _ = built.queue().launch(prevent_thread_lock=True, quiet=True)
+        mine = gradio_client.Client(url, verbose=False)
+        data = [{"text": "what is this ?", "files": []}, "image", 200, 0, False, ""]
+        job = mine.submit(*data, api_name="/ask")
+        wait_for(lambda: len(steps) > 3)
+        job.cancel()
+        wait_for(lambda: not any(thread.name == merged_model.GENERATES for thread in threading.enumerate()), 30)
+        assert len(steps) < 150
+    finally:
+        del whole.forward
+        whole.generation_config.eos_token_id = ended
+        built.close()
+
+
+def wait_for(happened, seconds=60):
+    until = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 def test_what_the_page_offers_is_what_the_model_has(server):

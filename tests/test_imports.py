@@ -53,7 +53,17 @@ def test_a_merge_imports_nothing_of_the_demo_and_of_clusters(tmp_path):
         (tmp_path / name).mkdir()
     recipe = {"base": str(tmp_path / "base"), "experts": {"eye": str(tmp_path / "eye")}}
     code = f"import mmer\ntry:\n    mmer.merge({recipe!r}, {str(tmp_path / 'out')!r})\nexcept ValueError:\n    pass"
-    unused = ("gradio", "ray", "datasets", "matplotlib", "peft", "onnx", "gguf", "evaluation_mmer.lab", "hub_cards")
+    unused = (
+        "gradio",
+        "ray",
+        "datasets",
+        "matplotlib",
+        "peft",
+        "onnx",
+        "gguf",
+        "evaluation_mmer.lab",
+        "hub_cards.card",
+    )
     assert loaded(code, "merging_mmer.opened_merge", "torch", *unused) == {"merging_mmer.opened_merge", "torch"}
 
 

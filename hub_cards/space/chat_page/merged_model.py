@@ -16,6 +16,7 @@ from .chats import Refused, Span, spans, without_folders
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 AUTO, PARAMETERS = "auto", ("base", "merged")
+GENERATES = "generates an answer"  # the name of the threads that do
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class MergedModel:
             finally:
                 streamer.end()
 
-        thread = threading.Thread(target=work, daemon=True)
+        thread = threading.Thread(target=work, name=GENERATES, daemon=True)
         thread.start()
         try:
             yield from (piece for piece in streamer if piece)

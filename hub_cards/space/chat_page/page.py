@@ -31,7 +31,8 @@ CSS = """
 #head h1 {margin: 0; font-size: 1.5rem} #head p {margin: .15rem 0 .5rem; color: var(--body-text-color-subdued)}
 .routes span {display: inline-block; margin: 0 .35rem .35rem 0; padding: .1rem .6rem; border-radius: 1rem;
   color: white; font-size: .8rem}
-.spans {max-height: 300px; overflow-y: auto !important}
+.spans {max-height: 400px; overflow-y: auto !important} .spans .label {text-transform: none}
+#chat .message img {min-width: 7rem; image-rendering: auto}
 #note p {font-size: .85rem; color: var(--body-text-color-subdued)}
 .spans .textfield {word-break: normal; overflow-wrap: anywhere}
 table.shares {width: 100%; border-collapse: collapse; border: none !important; font-size: .85rem;
@@ -90,7 +91,7 @@ def build(merged: MergedModel, shares: Shares) -> gr.Blocks:
         with gr.Row():
             with gr.Column(scale=3, min_width=360):
                 chatbot = gr.Chatbot(
-                    label="Chat", height=520, elem_id="chat", feedback_options=None, buttons=["copy", "copy_all"],
+                    label="Chat", height=650, elem_id="chat", feedback_options=None, buttons=["copy", "copy_all"],
                     placeholder=f"Attach {what}, or ask in text alone" if what else "Ask",
                 )  # fmt: skip
                 sources: Any = ["upload", "microphone"] if "audio" in takes else ["upload"]
@@ -150,7 +151,8 @@ def build(merged: MergedModel, shares: Shares) -> gr.Blocks:
         )  # fmt: skip
         # a call that is cancelled closes its generator, and with it the thread that generates
         box.stop(_idle, None, box, cancels=[asked], api_name=False)
-        fresh.click(
+        gr.on(
+            [fresh.click, chatbot.clear],
             lambda: {
                 chatbot: [], talk: {"chat": [], "shown": []}, note: "", box: _idle(), read: _spans(), wrote: _spans()
             },
