@@ -25,6 +25,7 @@ from .attention_mmer import OUTSIDE, block_masks, check_open_ends, media_blocks,
 from .cache_mmer import CACHE, one_cache
 from .generation_mmer import MMERGenerationMixin
 from .head_scales_mmer import scaled_hidden, scaled_logits
+from .loading_mmer import DirectLoading
 from .parallel_mmer import RoutedParallelism
 from .route_plan_mmer import RoutePlan, RoutePlanning, TextRoute, route_scope
 from .routed_weights_mmer import PARTS, RoutedWeight
@@ -41,7 +42,7 @@ class MMERModelOutputWithPast(BaseModelOutputWithPast):
     plan: RoutePlan | None = None
 
 
-class MMERPreTrainedModel(HubCodeMixin, RoutedParallelism, PreTrainedModel):  # type: ignore[misc]
+class MMERPreTrainedModel(HubCodeMixin, DirectLoading, RoutedParallelism, PreTrainedModel):  # type: ignore[misc]
     config: MMERConfig
     base_model_prefix = "model"
     input_modalities: Any = ("image", "video", "audio", "point_cloud", "text")

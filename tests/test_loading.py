@@ -5,6 +5,8 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, core_model_loading
 
 from modeling_mmer import MMERForConditionalGeneration
 from tests.tiny_models import AUDIO, IMAGE, media, mmer_model
@@ -140,3 +142,64 @@ def test_labels_are_scored_by_the_next_token(saved):
     logs = out.logits[0, :-1].double().log_softmax(-1)
     terms = [-logs[at, label] for at, label in enumerate(labels[0, 1:].tolist()) if label != -100]
     torch.testing.assert_close(out.loss.double(), torch.stack(terms).mean(), rtol=1e-5, atol=1e-5)
+
+
+class StockLoading(MMERForConditionalGeneration):
+    """The same model, read as transformers reads any."""
+
+    _load_pretrained_model = staticmethod(PreTrainedModel._load_pretrained_model)
+
+
+def broken(folder, to):
+    """A copy of a folder in which one tensor has another shape, one another dtype, one is missing, one is nobody's."""
+    tensors = load_file(folder / "model.safetensors")
+    prefix = "model.language_model.layers.0."
+    del tensors[prefix + "mlp.down_proj.delta"]
+    tensors[prefix + "self_attn.q_proj.delta"] = torch.zeros(3, 2)
+    tensors[prefix + "self_attn.k_proj.delta"] = tensors[prefix + "self_attn.k_proj.delta"].half()
+    tensors["model.nobodys"] = torch.zeros(2)
+    (to / "config.json").write_bytes((folder / "config.json").read_bytes())
+    save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
+    return to
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "broken"])
+@pytest.mark.parametrize("how", [{}, {"dtype": torch.bfloat16}, {"device_map": "cpu"}], ids=["plain", "cast", "map"])
+def test_tensors_taken_as_they_are_make_the_model_that_transformers_makes(saved, tmp_path, whole, how):
+    folder = saved[1] if whole else broken(saved[1], tmp_path)
+    how = {**how, "output_loading_info": True, "ignore_mismatched_sizes": not whole}
+    models = []
+    for cls in (MMERForConditionalGeneration, StockLoading):
+        torch.manual_seed(0)
+        models.append(cls.from_pretrained(folder, **how))
+    (ours, our_report), (stock, report) = models
+    assert our_report == report
+    assert (
+        bool(report["missing_keys"]) and bool(report["mismatched_keys"]) and bool(report["unexpected_keys"]) or whole
+    )
+    want = dict(stock.named_parameters())
+    got = dict(ours.named_parameters())
+    assert list(got) == list(want) and ours.training == stock.training
+    for name, parameter in got.items():
+        assert torch.equal(parameter, want[name]) and parameter.dtype == want[name].dtype, name
+        assert parameter.requires_grad == want[name].requires_grad, name
+    assert all(torch.equal(a, b) for a, b in zip(ours.buffers(), stock.buffers(), strict=True))
+    assert (ours.get_output_embeddings().weight is ours.get_input_embeddings().weight) == (
+        stock.get_output_embeddings().weight is stock.get_input_embeddings().weight
+    )
+
+
+def test_no_conversion_is_prepared_for_a_tensor_that_needs_none(saved, monkeypatch):
+    prepared = []
+
+    class Counted(core_model_loading.WeightRenaming):
+        def __init__(self, *args, **kwargs):
+            prepared.append(args)
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(core_model_loading, "WeightRenaming", Counted)
+    StockLoading.from_pretrained(saved[1])
+    assert len(prepared) > 50, "transformers makes none any more: loading_mmer is of no use"
+    prepared.clear()
+    MMERForConditionalGeneration.from_pretrained(saved[1])
+    assert not prepared

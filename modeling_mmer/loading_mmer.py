@@ -1,0 +1,73 @@
+"""Weights that a file has as the model wants them, taken as they are.
+
+Enters: a model on the meta device, and weight files. Leaves: the same model with its tensors, as transformers' own
+loading leaves it, and that loading's report. transformers prepares a conversion for each tensor, regular expressions
+and a thread's job included; a merged folder has many small tensors, and most need none. Invariant: a tensor that is
+to be renamed, cast, moved, divided, quantised or refused goes transformers' own way.
+"""
+
+import sys
+from contextlib import ExitStack
+from typing import Any
+
+from safetensors import safe_open
+from torch import nn
+from transformers import modeling_utils
+
+
+class DirectLoading:
+    """Mixed into the model, in front of PreTrainedModel."""
+
+    @staticmethod
+    def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *others, **more):
+        stock = modeling_utils.PreTrainedModel._load_pretrained_model
+        taken: set[str] = set()
+        with ExitStack() as opened:
+            if state_dict is None and _as_they_are(checkpoint_files, load_config):
+                files = [opened.enter_context(safe_open(path, framework="pt")) for path in checkpoint_files]
+                taken, state_dict = _take(model, files, load_config.weight_mapping or [])
+                checkpoint_files = None
+            report, offloaded = stock(model, state_dict, checkpoint_files, load_config, *others, **more)
+        report.missing_keys.difference_update(taken)
+        return report, offloaded
+
+
+def _take(model: Any, files: list[Any], transforms: list[Any]) -> tuple[set[str], dict[str, Any]]:
+    """(names of the tensors that were put into the model, the others by name, not read yet)."""
+    parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
+    taken, rest = set(), {}
+    for file in files:
+        for name in file.keys():  # noqa: SIM118 (it is no dict)
+            place, tensor = parameters.get(name), None
+            if type(place) is nn.Parameter and place.is_meta and not _renamed(name, transforms):
+                tensor = file.get_tensor(name)
+            if tensor is None or tensor.shape != place.shape or tensor.dtype != place.dtype:
+                rest[name] = file.get_slice(name)
+                continue
+            module, _, leaf = name.rpartition(".")
+            loaded: Any = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+            loaded._is_hf_initialized = True  # else it would be initialised anew
+            modules[module]._parameters[leaf] = loaded
+            taken.add(name)
+    return taken, rest
+
+
+def _as_they_are(files: Any, load_config: Any) -> bool:
+    """Whether tensors of these files may be taken unchanged, mapped into memory."""
+    devices = set(map(str, (load_config.device_map or {"": "cpu"}).values()))
+    # there a mapped file can stand still
+    on_mount = getattr(modeling_utils, "_is_on_hf_mount", lambda path: False)
+    return (
+        load_config.hf_quantizer is None
+        and load_config.device_mesh is None
+        and not load_config.dtype_plan
+        and not load_config.disable_mmap
+        and devices == {"cpu"}
+        and sys.platform != "win32"
+        and bool(files)
+        and all(str(path).endswith(".safetensors") and not on_mount(path) for path in files)
+    )
+
+
+def _renamed(name: str, transforms: list[Any]) -> bool:
+    return any(transform.rename_source_key(name)[1] is not None for transform in transforms)
