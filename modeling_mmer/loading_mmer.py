@@ -29,6 +29,7 @@ class DirectLoading:
                 checkpoint_files = None
             report, offloaded = stock(model, state_dict, checkpoint_files, load_config, *others, **more)
         report.missing_keys.difference_update(taken)
+        report.unexpected_keys.difference_update(model.restore_adapter_routes(report.unexpected_keys))
         return report, offloaded
 
 

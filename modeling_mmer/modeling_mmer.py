@@ -21,6 +21,7 @@ from configuration_mmer.configuration_mmer import MMERConfig
 from configuration_mmer.export_mmer import HubCodeMixin
 from configuration_mmer.routes_mmer import BASE_ROUTE
 
+from .adapters_mmer import RouteAdapters
 from .attention_mmer import OUTSIDE, block_masks, check_open_ends, media_blocks, open_ends
 from .cache_mmer import CACHE, one_cache
 from .generation_mmer import MMERGenerationMixin
@@ -42,7 +43,7 @@ class MMERModelOutputWithPast(BaseModelOutputWithPast):
     plan: RoutePlan | None = None
 
 
-class MMERPreTrainedModel(HubCodeMixin, DirectLoading, RoutedParallelism, PreTrainedModel):  # type: ignore[misc]
+class MMERPreTrainedModel(HubCodeMixin, DirectLoading, RouteAdapters, RoutedParallelism, PreTrainedModel):  # type: ignore[misc]
     config: MMERConfig
     base_model_prefix = "model"
     input_modalities: Any = ("image", "video", "audio", "point_cloud", "text")
