@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, CLIPVisionConfig, CLIPVisionModel, PreTrainedModel
+from transformers import AutoModel, CLIPVisionConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
@@ -20,7 +20,6 @@ from configuration_mmer.composed_config_mmer import ComposedConfig
 from .beats_mmer import Beats, GatedAttention, PositionConv
 from .cache_mmer import CACHE, one_cache
 from .head_scales_mmer import scaled_hidden, scaled_logits
-from .language_bind_mmer import LanguageBindVideo
 from .point_bert_mmer import PointBert
 from .qformer_mmer import QFormer
 
@@ -40,6 +39,9 @@ class ClipVision(nn.Module):
     """
 
     def __init__(self, settings: dict[str, Any]):
+        # imported where it is wanted: most models have no CLIP, and importing it takes longer than building them
+        from transformers import CLIPVisionModel
+
         super().__init__()
         config: Any = CLIPVisionConfig.from_dict(dict(settings["config"]))
         self.layer, self.class_token = settings.get("layer", -2), settings.get("class_token", False)
@@ -53,10 +55,16 @@ class ClipVision(nn.Module):
         return hidden if self.class_token else hidden[:, 1:]
 
 
+def _language_bind_video(settings: dict[str, Any]) -> nn.Module:
+    from .language_bind_mmer import LanguageBindVideo  # CLIP again
+
+    return LanguageBindVideo(settings)
+
+
 ENCODERS: dict[str, Any] = {
     "beats": Beats,
     "clip_vision": ClipVision,
-    "language_bind_video": LanguageBindVideo,
+    "language_bind_video": _language_bind_video,
     "point_bert": PointBert,
 }
 

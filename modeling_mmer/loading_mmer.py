@@ -36,11 +36,12 @@ class DirectLoading:
 def _take(model: Any, files: list[Any], transforms: list[Any]) -> tuple[set[str], dict[str, Any]]:
     """(names of the tensors that were put into the model, the others by name, not read yet)."""
     parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
-    taken, rest = set(), {}
+    taken, rest, renamed = set(), {}, _Renaming(transforms)
     for file in files:
         for name in file.keys():  # noqa: SIM118 (it is no dict)
-            place, tensor = parameters.get(name), None
-            if type(place) is nn.Parameter and place.is_meta and not _renamed(name, transforms):
+            place: Any = parameters.get(name)
+            tensor: Any = None
+            if type(place) is nn.Parameter and place.is_meta and not renamed(name):
                 tensor = file.get_tensor(name)
             if tensor is None or tensor.shape != place.shape or tensor.dtype != place.dtype:
                 rest[name] = file.get_slice(name)
@@ -70,5 +71,24 @@ def _as_they_are(files: Any, load_config: Any) -> bool:
     )
 
 
-def _renamed(name: str, transforms: list[Any]) -> bool:
-    return any(transform.rename_source_key(name)[1] is not None for transform in transforms)
+class _Renaming:
+    """Whether any of a loading's transforms has another name for a tensor."""
+
+    def __init__(self, transforms: list[Any]):
+        self.transforms = transforms
+        self.of_part: dict[str, list[Any]] = {}
+
+    def __call__(self, name: str) -> bool:
+        part = ".".join(name.split(".")[:3]) + "."  # an expert's encoders, or the language model's layers
+        if part not in self.of_part:
+            self.of_part[part] = [transform for transform in self.transforms if _concerns(transform, part)]
+        return any(transform.rename_source_key(name)[1] is not None for transform in self.of_part[part])
+
+
+def _concerns(transform: Any, part: str) -> bool:
+    """Most transforms are for the submodule of one prefix, with the model's own in front of it or without."""
+    scope = getattr(transform, "scope_prefix", None)
+    if not scope:
+        return True
+    starts = f"{scope}.", f"{transform.base_model_prefix}.{scope}."
+    return any(part.startswith(start) or start.startswith(part) for start in starts)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, core_model_loading
 
 from modeling_mmer import MMERForConditionalGeneration
+from modeling_mmer.loading_mmer import _Renaming
 from tests.tiny_models import AUDIO, IMAGE, media, mmer_model
 
 PLAIN = dict(max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=3)
@@ -203,3 +204,14 @@ def test_no_conversion_is_prepared_for_a_tensor_that_needs_none(saved, monkeypat
     prepared.clear()
     MMERForConditionalGeneration.from_pretrained(saved[1])
     assert not prepared
+
+
+@pytest.mark.parametrize("scope", [None, "", "experts.image", "experts.image.vision_tower", "language_model"])
+def test_a_tensor_that_some_transform_renames_is_left_to_it(scope):
+    names = [name for name, _ in mmer_model().named_parameters()]
+    transform = core_model_loading.WeightRenaming(r"weight$", "kernel")
+    transform.scope_prefix, transform.base_model_prefix = scope, "model"
+    renamed = _Renaming([transform])
+    found = [name for name in names if renamed(name)]
+    assert found == [name for name in names if transform.rename_source_key(name)[0] != name]
+    assert 0 < len(found) < len(names)
