@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
 
-from configuration_mmer.routes_mmer import BASE_ROUTE, ROUTE_NAMES, named_route
+from configuration_mmer.routes_mmer import BASE_ROUTE, FIRST_EXPERT_ROUTE, ROUTE_NAMES, named_route
 
 from .attention_mmer import OUTSIDE, media_blocks, whole_blocks
 from .cache_mmer import CACHE, one_cache
@@ -47,6 +47,8 @@ class MMERGenerationMixin(GenerationMixin):
     modules: Any
     named_parameters: Any
     named_buffers: Any
+    check_left: Any
+    _left: tuple[int, ...] | None
     _asked_routes: tuple[int, ...] = ()
     _room: int | None = None
 
@@ -123,6 +125,7 @@ class MMERGenerationMixin(GenerationMixin):
                 kwargs["block_sequence_ids"] = nn.functional.pad(blocks, (before, 0), value=OUTSIDE)
         # looked at on the host in every step: they are few numbers, and no step is to wait for the device
         route_ids, text_route = route_ids.to("cpu"), text_route.to("cpu")
+        self.check_left({*route_ids.unique().tolist(), *text_route.unique().tolist()})
         kwargs["route_ids"], kwargs["text_route"] = route_ids, text_route
         # settled for all steps: one step of a mixed conversation may well have only base tokens
         kwargs["base_only"] = bool((route_ids == BASE_ROUTE).all())
@@ -196,7 +199,9 @@ class MMERGenerationMixin(GenerationMixin):
         `generate` are held besides; `keep_routes([])` lets all go. Results do not change by a bit. Raises ValueError
         for an unknown route and for a size that is none.
         """
-        self._asked_routes = tuple(named_route(name, self.config.expert_names) for name in dict.fromkeys(routes))
+        asked = tuple(named_route(name, self.config.expert_names) for name in dict.fromkeys(routes))
+        self.check_left(asked)
+        self._asked_routes = asked
         self._room = None if max_memory is None else size_in_bytes(max_memory)
         self._hold(())
 
@@ -224,14 +229,16 @@ class MMERGenerationMixin(GenerationMixin):
         masks, scales, corrections and own small tensors; `kept <route>`: the weights held for it.
         """
         experts = self.config.expert_names
+        there = [n for r, n in enumerate(experts, FIRST_EXPERT_ROUTE) if self._left is None or r in self._left]
         sizes: dict[str, int] = {name: 0 for name in (*ROUTE_NAMES, *experts)}
         for name, tensor in (*self.named_parameters(), *self.named_buffers()):
             leaf = name.rpartition(".")[2]
             if name.startswith("model.experts."):
                 sizes[name.split(".")[2]] += tensor.nbytes
             elif leaf in OWN_PARTS or leaf.startswith("expert_"):
-                for expert in experts:
-                    sizes[expert] += tensor.nbytes // len(experts)
+                own = there if leaf in OWN_PARTS else experts
+                for expert in own:
+                    sizes[expert] += tensor.nbytes // len(own)
             else:
                 sizes["merged" if leaf == "delta" or leaf.startswith("merged_") else "base"] += tensor.nbytes
         routed = [module for module in self.modules() if isinstance(module, RoutedWeight)]

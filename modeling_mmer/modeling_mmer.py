@@ -24,14 +24,16 @@ from configuration_mmer.routes_mmer import BASE_ROUTE
 from .adapters_mmer import RouteAdapters
 from .attention_mmer import OUTSIDE, block_masks, check_open_ends, media_blocks, open_ends
 from .cache_mmer import CACHE, one_cache
+from .fewer_routes_mmer import FewerRoutes
 from .generation_mmer import MMERGenerationMixin
 from .head_scales_mmer import scaled_hidden, scaled_logits
 from .loading_mmer import DirectLoading
+from .media_features_mmer import MediaFeatures
 from .parallel_mmer import RoutedParallelism
 from .route_plan_mmer import RoutePlan, RoutePlanning, TextRoute, route_scope
 from .routed_weights_mmer import PARTS, RoutedWeight
 from .routing_mmer import embed_rows, install_routing, route_weight_of
-from .towers_mmer import build_tower, has_media, tower_features
+from .towers_mmer import build_tower, has_media
 
 _ADDED_ROWS = 64
 
@@ -43,7 +45,9 @@ class MMERModelOutputWithPast(BaseModelOutputWithPast):
     plan: RoutePlan | None = None
 
 
-class MMERPreTrainedModel(HubCodeMixin, DirectLoading, RouteAdapters, RoutedParallelism, PreTrainedModel):  # type: ignore[misc]
+class MMERPreTrainedModel(  # type: ignore[misc]
+    FewerRoutes, HubCodeMixin, DirectLoading, RouteAdapters, RoutedParallelism, PreTrainedModel
+):
     config: MMERConfig
     base_model_prefix = "model"
     input_modalities: Any = ("image", "video", "audio", "point_cloud", "text")
@@ -72,7 +76,7 @@ class MMERPreTrainedModel(HubCodeMixin, DirectLoading, RouteAdapters, RoutedPara
                     init.zeros_(parameter)
 
 
-class MMERModel(RoutePlanning, MMERPreTrainedModel):  # type: ignore[misc]
+class MMERModel(RoutePlanning, MediaFeatures, MMERPreTrainedModel):  # type: ignore[misc]
     """Towers, embeddings and the routed LLM: everything but the head."""
 
     def __init__(self, config: MMERConfig):
@@ -94,42 +98,6 @@ class MMERModel(RoutePlanning, MMERPreTrainedModel):  # type: ignore[misc]
         self.language_model.set_input_embeddings(value)
 
     # media
-
-    def media_inputs(self, kwargs: dict) -> dict[str, dict[str, torch.Tensor]]:
-        """Take the "<expert>.<name>" entries out of `kwargs`: {expert: {name: tensor}}. Raises ValueError for an
-        unknown expert.
-        """
-        media: dict[str, dict[str, torch.Tensor]] = {}
-        for key in [key for key in kwargs if "." in key]:
-            expert, _, name = key.partition(".")
-            if expert not in self.experts:
-                raise ValueError(f"{key!r} is for an expert {expert!r}, but this model has {self.config.expert_names}")
-            value = kwargs.pop(key)
-            if value is not None:
-                media.setdefault(expert, {})[name] = value
-        return media
-
-    def get_media_features(self, expert: str, modality: str, **inputs: torch.Tensor) -> torch.Tensor:
-        """Features (tokens of all items, hidden) by the expert's own tower, from the tensors of its own processor."""
-        tower: Any = self.experts[expert]
-        return tower_features(tower, modality, inputs)
-
-    def get_image_features(self, expert: str | None = None, **inputs: torch.Tensor) -> torch.Tensor:
-        return self.get_media_features(expert or self._default_expert("image"), "image", **inputs)
-
-    def get_video_features(self, expert: str | None = None, **inputs: torch.Tensor) -> torch.Tensor:
-        return self.get_media_features(expert or self._default_expert("video"), "video", **inputs)
-
-    def get_audio_features(self, expert: str | None = None, **inputs: torch.Tensor) -> torch.Tensor:
-        return self.get_media_features(expert or self._default_expert("audio"), "audio", **inputs)
-
-    def get_point_cloud_features(self, expert: str | None = None, **inputs: torch.Tensor) -> torch.Tensor:
-        return self.get_media_features(expert or self._default_expert("point_cloud"), "point_cloud", **inputs)
-
-    def _default_expert(self, modality: str) -> str:
-        if modality not in self.config.default_experts:
-            raise ValueError(f"no expert of this model takes {modality}: it has {self.config.default_experts}")
-        return self.config.default_experts[modality]
 
     def embed_media(self, input_ids: torch.Tensor, media: dict[str, dict[str, torch.Tensor]]) -> torch.Tensor:
         """(batch, sequence, hidden): the features at their placeholders, zeros elsewhere. One encoder run for all.

@@ -145,6 +145,7 @@ class RoutePlanning:
     """Mixed into the model: from what a caller passes to a `RoutePlan`."""
 
     config: Any
+    check_left: Any
 
     def routes(self, input_ids: torch.Tensor, text_route: TextRoute | None) -> tuple[torch.Tensor, torch.Tensor]:
         """(`route_ids`, `text_route`) from the placeholders, as the processor makes them."""
@@ -167,6 +168,11 @@ class RoutePlanning:
         `media_embeds` (`embed_media`). It also serves several forwards of one batch. Raises ValueError for an unknown
         route, and for another number of samples.
         """
+        plan = self._planned(input_ids, route_ids, text_route, inputs_embeds, cache)
+        self.check_left(plan.routes)
+        return plan
+
+    def _planned(self, input_ids, route_ids, text_route, inputs_embeds, cache) -> RoutePlan:
         if route_ids is not None and isinstance(text_route, torch.Tensor):
             return RoutePlan(route_ids, text_route)
         if text_route is None and route_ids is None:
@@ -195,6 +201,7 @@ class RoutePlanning:
             # text alone: one route, which no value has to be looked at for
             name = self.config.text_route if text_route is None else text_route
             route = BASE_ROUTE if name == AUTO else named_route(name, self.config.expert_names)
+            self.check_left([route])
             given = inputs_embeds if input_ids is None else input_ids
             return RoutePlan.one(route, given.shape[:2], given.device)
         return self._plan_outside(input_ids, route_ids, text_route, inputs_embeds, cache)

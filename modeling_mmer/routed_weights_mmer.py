@@ -85,6 +85,7 @@ class RoutedWeight:
     _parameters: dict[str, Any]
     _kept: dict[int, Kept]
     _triton_parts: Any = None
+    _places: dict[int, int] | None = None  # an expert's route -> its slice, where not all are there any more
 
     def add_routes_(self, experts: int, kind: str, scale: str, rank: int):
         rows, columns = self.weight.shape
@@ -101,6 +102,14 @@ class RoutedWeight:
             self.correction_a = _parameter(new((experts, rank, columns)))
             self.correction_b = _parameter(new((experts, rows, rank)))
         self._kept = {}
+
+    def place(self, route: int) -> int:
+        """Where an expert's slice is among the experts'."""
+        return route - FIRST_EXPERT_ROUTE if self._places is None else self._places[route]
+
+    def stored_route(self, route: int) -> int:
+        """The route as the kernels count it: by the slices that are there."""
+        return route if route < FIRST_EXPERT_ROUTE else FIRST_EXPERT_ROUTE + self.place(route)
 
     def route_weight(self, route: int, rows: torch.Tensor | None = None) -> torch.Tensor:
         """The weight of a route (some of its rows with `rows`, an index), in the weight's dtype."""
@@ -124,7 +133,7 @@ class RoutedWeight:
         total = weight.to(exact)
         if route == MERGED_ROUTE or self.routed_kind == "none":
             return (total + self.delta[rows].to(exact)).to(self.weight.dtype)
-        expert = route - FIRST_EXPERT_ROUTE
+        expert = self.place(route)
         if self.masks is not None:
             own = unpack_bits(self.masks[expert, rows], self.weight.shape[1]) * self.delta[rows].to(exact)
             if self.scales is not None:
@@ -147,10 +156,10 @@ class RoutedWeight:
         if (parts := self.triton_parts(weight)) is not None:
             from .routed_triton_mmer import made_weight
 
-            return made_weight(parts, route)
+            return made_weight(parts, self.stored_route(route))
         exact = torch.promote_types(weight.dtype, torch.float32)
         made = torch.empty_like(weight)
-        expert = -1 if route == MERGED_ROUTE or self.routed_kind == "none" else route - FIRST_EXPERT_ROUTE
+        expert = -1 if route == MERGED_ROUTE or self.routed_kind == "none" else self.place(route)
         a = b = scales = None
         if expert >= 0 and self.correction_a is not None:
             a, b = (part[expert].detach().to(exact) for part in (self.correction_a, self.correction_b))

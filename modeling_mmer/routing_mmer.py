@@ -39,7 +39,7 @@ class RoutedLinear(RoutedWeight, nn.Linear):
         if parts is not None and x.shape[:-1].numel() <= FEW_TOKENS:
             from .routed_triton_mmer import routed_linear
 
-            return routed_linear(x, parts, route, self.route_bias(route))
+            return routed_linear(x, parts, self.stored_route(route), self.route_bias(route))
         return nn.functional.linear(x, self.route_weight(route), self.route_bias(route))
 
     def route_bias(self, route: int) -> torch.Tensor | None:
