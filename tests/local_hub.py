@@ -11,8 +11,7 @@ HF_HUB_DISABLE_XET=1.
 
 `hub.fail("GET", r"resolve/.*safetensors", 500)` answers the next matching request with an error; status None cuts the
 connection in the middle of the true answer (what was asked is done by then); see `Fault`. Clients order faults by
-POST /faults. `hub.log` is every request as (method, path), in order; `hub.ranges` the paths of which a part was asked,
-with the Range.
+POST /faults. `hub.log` has every request as (method, path), in order; `hub.ranges` (path, Range) of parts asked for.
 """
 
 import hashlib
