@@ -32,7 +32,7 @@ CSS = """
 .routes span {display: inline-block; margin: 0 .35rem .35rem 0; padding: .1rem .6rem; border-radius: 1rem;
   color: white; font-size: .8rem}
 .spans {max-height: 400px; overflow-y: auto !important} .spans .label {text-transform: none}
-#chat .message img {min-width: 7rem; image-rendering: auto}
+#chat .message img {min-width: 6rem; min-height: 6rem; object-fit: contain !important}
 #note p {font-size: .85rem; color: var(--body-text-color-subdued)}
 .spans .textfield {word-break: normal; overflow-wrap: anywhere}
 table.shares {width: 100%; border-collapse: collapse; border: none !important; font-size: .85rem;
@@ -190,17 +190,16 @@ def answers(
         yield {
             parts["chatbot"]: shown, parts["read"]: _spans(prompt.spans), parts["wrote"]: _spans(), parts["note"]: "",
         }  # fmt: skip
-        answer, last, started = "", 0.0, time.monotonic()
+        answer, last = "", 0.0
         for piece in merged.answer(prompt, wanted.length, wanted.temperature):
             answer += piece
             if time.monotonic() - last > SECONDS_BETWEEN:
                 last = time.monotonic()
                 yield _grown(parts, chat, shown, answer)
-        words = f"{prompt.length} tokens read, answered by **{prompt.answer_route}**"
         yield {
             **_grown(parts, chat, shown, answer), parts["box"]: _idle(), parts["read"]: _spans(prompt.spans),
             parts["wrote"]: _spans([(answer or " ", prompt.answer_route)]),
-            parts["note"]: f"{words} in {time.monotonic() - started:.1f} s",
+            parts["note"]: f"{prompt.length} tokens read, answered by **{prompt.answer_route}**",
         }  # fmt: skip
     except Refused as error:
         yield refuse(_plain(str(error)))
