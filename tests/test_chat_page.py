@@ -263,6 +263,12 @@ def wait_for(happened, seconds=60):
         time.sleep(0.05)
 
 
+def test_tags_are_shown_and_code_is_left_alone():
+    assert page._plain("a <b> & `x < y` <i>") == "a &lt;b&gt; &amp; `x < y` &lt;i&gt;"
+    assert page._plain("<b>\n```html\n<b>\n```\n<b>") == "&lt;b&gt;\n```html\n<b>\n```\n&lt;b&gt;"
+    assert page._plain("```\nnot yet closed <b>") == "```\nnot yet closed <b>"
+
+
 def test_what_the_page_offers_is_what_the_model_has(server):
     parts = {one["props"].get("elem_id"): one["props"] for one in client(server).config["components"]}
     assert [value for _, value in parts["route"]["choices"]] == ["auto", "base", "merged", "image", "audio", "other"]

@@ -13,11 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import trimesh
+from typer.testing import CliRunner
 
+from hub_cards import serving
 from hub_cards.mask_counts import count_masks
-from hub_cards.space.chat_page import chats, mask_shares
+from hub_cards.space.chat_page import chats, clouds, mask_shares, starting
 from hub_cards.spaces import FOLDER, SETTINGS, space_files
-from mmer import merge
+from mmer import app, merge
 from modeling_mmer import MMERForConditionalGeneration
 from tests import tiny_world
 from tests.hub_storage import front_matter
@@ -128,6 +131,69 @@ def test_a_folder_without_a_report_or_masks(tmp_path):
     assert mask_shares.stored_report(str(tmp_path)) is None
     report = {"experts": {"image": {"tensors": {"a.weight": {"mask_density": None}}, "total": {"mask_density": None}}}}
     assert mask_shares.reported(report) == {}
+
+
+# point clouds
+
+
+@pytest.mark.parametrize("count", [1, 50, clouds.SHOWN + 1, 5 * clouds.SHOWN])
+def test_a_cloud_is_shown_as_beads_where_its_points_are(tmp_path, count):
+    points = np.random.default_rng(0).normal(size=(count, 6)).astype(np.float32)
+    np.save(tmp_path / "a.npy", points)
+    made = Path(clouds.shown(tmp_path / "a.npy"))
+    vertices = np.concatenate([mesh.vertices for mesh in trimesh.load(made).dump()])
+    centres = vertices.reshape(-1, 6, 3).mean(1)
+    step = -(-count // clouds.SHOWN)
+    np.testing.assert_allclose(centres, points[::step, :3], atol=1e-4)
+    assert made.suffix == ".glb" and made.parent == tmp_path and len(centres) <= clouds.SHOWN
+
+
+def test_meshes_are_shown_as_they_are(tmp_path):
+    assert clouds.shown(tmp_path / "a.obj") == str(tmp_path / "a.obj")
+    ply = tmp_path / "a.ply"
+    trimesh.PointCloud(np.eye(3)).export(ply)
+    assert clouds.shown(ply) == str(tmp_path / "a-shown.glb")
+
+
+# mmer serve
+
+
+def served(monkeypatch, *words: str):
+    """(the command's result, what the page was started with)."""
+    seen: dict = {}
+    monkeypatch.setattr(starting, "serve", lambda *given, **classes: seen.update(given=given, classes=classes))
+    monkeypatch.setattr(serving, "find_spec", lambda name: name)
+    return CliRunner().invoke(app, ["serve", *words]), seen
+
+
+def test_serve_runs_the_installed_code_unless_told_otherwise(merged, monkeypatch):
+    done, seen = served(monkeypatch, str(merged), "--port", "80", "--dtype", "bfloat16")
+    assert done.exit_code == 0, done.output
+    assert seen["given"] == (str(merged), None, "127.0.0.1", 80, "auto", "bfloat16")
+    assert seen["classes"]["model_class"] is MMERForConditionalGeneration
+    assert seen["classes"]["trust_remote_code"] is False
+    assert served(monkeypatch, str(merged), "--trust-remote-code")[1]["classes"] == {}
+    assert served(monkeypatch, "org/name", "--revision", "abc")[1]["given"][:2] == ("org/name", "abc")
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "words"),
+    [
+        ("merged", ["--revision", "abc"], "a revision is of the Hub"),
+        ("world/base", [], "found a model of type 'llama', expected a folder that `mmer merge` made"),
+        ("world", [], "found no config.json"),
+        ("nowhere/at/all", [], "expected a merged folder, or org/name on the Hub"),
+    ],
+)
+def test_serve_refuses_what_is_no_merged_model(merged, monkeypatch, model, more, words):
+    done, seen = served(monkeypatch, str(merged.parent / model) if model[0] != "n" else model, *more)
+    assert done.exit_code == 1 and not seen and words in " ".join(done.output.split())
+
+
+def test_serve_without_gradio_says_what_to_install(merged, monkeypatch):
+    monkeypatch.setattr(serving, "find_spec", lambda name: None)
+    done = CliRunner().invoke(app, ["serve", str(merged)])
+    assert done.exit_code == 1 and "pip install 'mmer[space]'" in " ".join(done.output.split())
 
 
 # the folder

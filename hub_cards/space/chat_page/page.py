@@ -6,6 +6,7 @@ the browser's session alone.
 """
 
 import logging
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ EXPERT_COLORS = ("#2f7ed8", "#e2801d", "#1f9d6b", "#d6457f", "#0fa3b1", "#a3762c
 UNKNOWN_FAULT = "Something went wrong here, not in what you gave. The server's log says what."
 SECONDS_BETWEEN = 0.1  # of what is shown while an answer grows
 AT_ONCE = 4
+CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]*`)", re.DOTALL)
 CSS = """
 .gradio-container {max-width: 1180px !important; margin: auto !important}
 #head h1 {margin: 0; font-size: 1.5rem} #head p {margin: .15rem 0 .5rem; color: var(--body-text-color-subdued)}
@@ -222,8 +224,9 @@ def _medium(path: str) -> dict[str, Any]:
 
 
 def _plain(text: str) -> str:
-    """A chat's bubbles read Markdown and HTML: what a model wrote, or a file is called, is shown as it is."""
-    return escape(text, quote=False)
+    """A chat's bubbles read Markdown, and HTML outside of code: tags that a model wrote are shown, not obeyed."""
+    parts = CODE.split(text)
+    return "".join(part if place % 2 else escape(part, quote=False) for place, part in enumerate(parts))
 
 
 def _spans(found: list[Span] | None = None) -> dict[str, Any]:
