@@ -7,12 +7,19 @@ to be renamed, cast, moved, divided, quantised or refused goes transformers' own
 """
 
 import sys
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import nn
+from transformers import initialization as init
 from transformers import modeling_utils
+
+
+def no_values_on_meta() -> AbstractContextManager:
+    """What is built on the meta device has no values, and drawing them for nothing takes a third of the building."""
+    return init.no_init_weights() if torch.get_default_device().type == "meta" else nullcontext()
 
 
 class DirectLoading:

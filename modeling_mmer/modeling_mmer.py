@@ -27,7 +27,7 @@ from .cache_mmer import CACHE, one_cache
 from .fewer_routes_mmer import FewerRoutes
 from .generation_mmer import MMERGenerationMixin
 from .head_scales_mmer import scaled_hidden, scaled_logits
-from .loading_mmer import DirectLoading
+from .loading_mmer import DirectLoading, no_values_on_meta
 from .media_features_mmer import MediaFeatures
 from .parallel_mmer import RoutedParallelism
 from .route_plan_mmer import RoutePlan, RoutePlanning, TextRoute, route_scope
@@ -81,12 +81,15 @@ class MMERModel(RoutePlanning, MediaFeatures, MMERPreTrainedModel):  # type: ign
 
     def __init__(self, config: MMERConfig):
         super().__init__(config)
-        self.language_model = AutoModel.from_config(config.text_config)
-        inner = [name for name in config.delta_modules if name != "lm_head"]
-        install_routing(self.language_model, inner, config.expert_tensors, len(config.experts), config.decoupling)
-        # sdpa is what every class picks by itself where it can; anything else was asked for
-        asked = None if config._attn_implementation in (None, "sdpa") else config._attn_implementation
-        self.experts = nn.ModuleDict({name: build_tower(config.expert_config(name), asked) for name in config.experts})
+        with no_values_on_meta():
+            self.language_model = AutoModel.from_config(config.text_config)
+            inner = [name for name in config.delta_modules if name != "lm_head"]
+            install_routing(self.language_model, inner, config.expert_tensors, len(config.experts), config.decoupling)
+            # sdpa is what every class picks by itself where it can; anything else was asked for
+            asked = None if config._attn_implementation in (None, "sdpa") else config._attn_implementation
+            self.experts = nn.ModuleDict(
+                {name: build_tower(config.expert_config(name), asked) for name in config.experts}
+            )
         if config.added_tokens:
             self.added_embeddings = nn.Embedding(config.num_added_rows, config.text_config.hidden_size)
         self.post_init()

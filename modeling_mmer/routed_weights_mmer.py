@@ -6,6 +6,7 @@ weight has the bits of one that is made anew, and is never used after a change o
 rounded once.
 """
 
+import functools
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -89,9 +90,12 @@ class RoutedWeight:
 
     def add_routes_(self, experts: int, kind: str, scale: str, rank: int):
         rows, columns = self.weight.shape
-        new = self.weight.new_zeros
+        # on the meta device zeros take many steps of Python, and are none
+        new = functools.partial(
+            torch.empty if self.weight.is_meta else torch.zeros, device=self.weight.device, dtype=self.weight.dtype
+        )
         self.routed_kind = kind
-        self.delta = _parameter(torch.zeros_like(self.weight), trained=self.weight.requires_grad)
+        self.delta = _parameter(new((rows, columns)), trained=self.weight.requires_grad)
         self.masks = self.scales = self.correction_a = self.correction_b = None
         if kind in ("mask", "paper"):
             self.masks = _parameter(new((experts, rows, (columns + 7) // 8), dtype=torch.uint8))
