@@ -152,13 +152,13 @@ def build(merged: MergedModel, shares: Shares) -> gr.Blocks:
             api_name="ask", show_progress="hidden",
         )  # fmt: skip
         # a call that is cancelled closes its generator, and with it the thread that generates
-        box.stop(_idle, None, box, cancels=[asked], api_name=False)
+        box.stop(_idle, None, box, cancels=[asked], api_visibility="private")
         gr.on(
             [fresh.click, chatbot.clear],
             lambda: {
                 chatbot: [], talk: {"chat": [], "shown": []}, note: "", box: _idle(), read: _spans(), wrote: _spans()
             },
-            None, list(parts.values()), cancels=[asked], api_name=False,
+            None, list(parts.values()), cancels=[asked], api_visibility="private",
         )  # fmt: skip
     return page
 
