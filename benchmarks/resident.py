@@ -3,14 +3,13 @@
     python benchmarks/resident.py --folder DIR           # the lab's five experts, kept by masks and kept exactly
     python benchmarks/resident.py --folder DIR --rounds 9
 
-For each folder and each way to hold it: the bytes of the language model (encoders left out), beside the base's, and
-the processor's seconds of a decoding step and of a prefill on the first expert's route, in bf16, in turn with the
-base's own class. Then what τ* itself would come to in other forms: the entries of which no mask has a bit, the entropy
-of its bytes, and zlib's size and speed.
+For each folder and each way to hold it: the bytes of the language model (encoders left out), beside the base's. What
+τ* itself would come to in other forms: the entries of which no mask has a bit, the entropy of its bits, zlib's size
+and speed. Then the processor's seconds of a decoding step (whose route `generate` keeps) and of a prefill, in bf16,
+in turn with the base's own class: median, and the least and largest ratio of a round.
 """
 
 import argparse
-import copy
 import statistics
 import time
 import zlib
@@ -33,6 +32,7 @@ from mmer import MMERForConditionalGeneration, merge
 
 Model = Any
 STEPS, PREFILL = 8, 128
+EXPERT = EXPERTS[0]
 
 
 def ways(expert: str) -> dict[str, Callable[[Model], Any]]:
@@ -78,25 +78,43 @@ def language_bytes(model: Model) -> int:
     return sizes - stored_bytes(model.model.experts)
 
 
-def measured(base: Model, folder: Path, rounds: int) -> list[list[str]]:
-    loaded = MMERForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    expert = loaded.config.expert_names[0]
+def load(folder: Path) -> Model:
+    return MMERForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16).eval()
+
+
+def sizes(base: Model, folder: Path) -> list[list[str]]:
     rows = []
-    for name, change in ways(expert).items():
-        model = copy.deepcopy(loaded)
+    for name, change in ways(EXPERT).items():
+        model = load(folder)
         change(model)
-        times: dict[tuple[str, int], list[float]] = {}
-        for _ in range(rounds + 1):  # the first is not counted
-            for who, one, route in (("ours", model, {"text_route": expert}), ("base", base, {})):
-                for length, steps in ((16, STEPS), (PREFILL, 0)):
-                    times.setdefault((who, steps), []).append(seconds(one, length, steps, **route))
-        middle = {key: statistics.median(values[1:]) for key, values in times.items()}
         size = language_bytes(model)
-        rows.append([
-            loaded.config.decoupling["kind"], name, f"{size / 1e6:.0f}", f"{size / stored_bytes(base):.2f}",
-            *(f"{1e3 * middle['ours', steps]:.0f} ({middle['ours', steps] / middle['base', steps]:.2f})"
-              for steps in (STEPS, 0)),
-        ])  # fmt: skip
+        rows.append([model.config.decoupling["kind"], name, f"{size / 1e6:.0f}", f"{size / stored_bytes(base):.2f}"])
+    return rows
+
+
+def times(base: Model, folder: Path, rounds: int) -> list[list[str]]:
+    """In turn; the first round is not counted."""
+    models = {"base": base}
+    for name in ("packed", f"only {EXPERT}", f"only {EXPERT}, kept"):
+        models[name] = load(folder)
+        ways(EXPERT)[name](models[name])
+    found: dict[str, list[list[float]]] = {name: [] for name in models}
+    for _ in range(rounds + 1):
+        for name, model in models.items():
+            route = {} if name == "base" else {"text_route": EXPERT}
+            kept = "kept" in name
+            if name != "base":
+                model.keep_routes([EXPERT] if kept else [])
+            prefill = seconds(model, PREFILL, 0, **route)
+            found[name].append([seconds(model, 16, STEPS, **route), prefill])
+    rows = []
+    for name, values in found.items():
+        ratios = [[o / b for o, b in zip(ours, plain)] for ours, plain in zip(values[1:], found["base"][1:])]
+        rows.append([name])
+        for place in range(2):
+            ms = 1e3 * statistics.median(value[place] for value in values[1:])
+            of = sorted(ratio[place] for ratio in ratios)
+            rows[-1].append(f"{ms:.0f} ({statistics.median(of):.2f}; {of[0]:.2f} – {of[-1]:.2f})")
     return rows
 
 
@@ -165,12 +183,15 @@ def main():
     arguments.folder.mkdir(parents=True, exist_ok=True)
     base_folder, merged = folders(arguments.folder)
     base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.bfloat16).eval()
-    rows = [row for folder in merged.values() for row in measured(base, folder, arguments.rounds)]
-    columns = ["kind", "what is held", "MB", "× base", "ms a step (× base)", f"ms a prefill of {PREFILL} (× base)"]
     console = Console(width=150)
-    console.print(table("language model, bf16", columns, rows))
+    rows = [row for folder in merged.values() for row in sizes(base, folder)]
+    console.print(table("language model, bf16", ["kind", "what is held", "MB", "× base"], rows))
     for kind, folder in merged.items():
-        console.print(table(f"τ*, {kind}", ["form", "bits an entry", "decoding"], other_forms(folder)))
+        if kind == "mask":  # of a folder with exact experts it is the same
+            console.print(table("τ*", ["form", "bits an entry", "decoding"], other_forms(folder)))
+    columns = ["what is held", "ms a step (× base)", f"ms a prefill of {PREFILL} (× base)"]
+    for kind, folder in merged.items():
+        console.print(table(f"{kind}, route {EXPERT}", columns, times(base, folder, arguments.rounds)))
 
 
 if __name__ == "__main__":
