@@ -6,6 +6,7 @@ and a thread's job included; a merged folder has many small tensors, and most ne
 to be renamed, cast, moved, divided, quantised or refused goes transformers' own way.
 """
 
+import inspect
 import sys
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
@@ -15,6 +16,8 @@ from safetensors import safe_open
 from torch import nn
 from transformers import initialization as init
 from transformers import modeling_utils
+
+_ASKED = ("model", "state_dict", "checkpoint_files", "load_config")  # what transformers' own loading is given first
 
 
 def no_values_on_meta() -> AbstractContextManager:
@@ -26,15 +29,19 @@ class DirectLoading:
     """Mixed into the model, in front of PreTrainedModel."""
 
     @staticmethod
-    def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *others, **more):
+    def _load_pretrained_model(*given, **named):
         stock = modeling_utils.PreTrainedModel._load_pretrained_model
+        asked = inspect.signature(stock)
+        if tuple(asked.parameters)[: len(_ASKED)] != _ASKED:  # a transformers that loads in another way
+            return stock(*given, **named)
+        model, state_dict, checkpoint_files, load_config, *others = asked.bind(*given, **named).args
         taken: set[str] = set()
         with ExitStack() as opened:
             if state_dict is None and _as_they_are(checkpoint_files, load_config):
                 files = [opened.enter_context(safe_open(path, framework="pt")) for path in checkpoint_files]
                 taken, state_dict = _take(model, files, load_config.weight_mapping or [])
                 checkpoint_files = None
-            report, offloaded = stock(model, state_dict, checkpoint_files, load_config, *others, **more)
+            report, offloaded = stock(model, state_dict, checkpoint_files, load_config, *others)
         report.missing_keys.difference_update(taken)
         report.unexpected_keys.difference_update(model.restore_adapter_routes(report.unexpected_keys))
         return report, offloaded

@@ -215,3 +215,15 @@ def test_a_tensor_that_some_transform_renames_is_left_to_it(scope):
     found = [name for name in names if renamed(name)]
     assert found == [name for name in names if transform.rename_source_key(name)[0] != name]
     assert 0 < len(found) < len(names)
+
+
+def test_a_transformers_that_loads_in_another_way_is_left_to_it(saved, monkeypatch):
+    asked = []
+
+    def other(model, plan, *, files):
+        asked.append((model, plan, files))
+        return "its report"
+
+    monkeypatch.setattr(PreTrainedModel, "_load_pretrained_model", staticmethod(other))
+    assert MMERForConditionalGeneration._load_pretrained_model("m", "p", files=[]) == "its report"
+    assert asked == [("m", "p", [])]
