@@ -3,31 +3,36 @@
     python benchmarks/lab/train.py --expert image --steps 3000 --out runs/image
 
 The adapter (LoRA on every linear of the LLM), the connector and the rows of added tokens learn; encoder and base stay
-frozen. The best checkpoint on the validation split is kept in OUT: connector.safetensors, adapter_config.json,
-adapter_model.safetensors, expert.json (the run, with its curve). The test split is never looked at. See README.md.
+frozen. With `--full` the linears themselves learn from the base's values, in place of an adapter; norms and embeddings
+stay. The best checkpoint on the validation split is kept in OUT: connector.safetensors, expert.json (the run, with its
+curve), and adapter_config.json, adapter_model.safetensors or linears.safetensors. The test split is never looked at.
+See README.md.
 """
 
 import argparse
 import json
 import math
 import random
+import re
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from sequences import Batch, Features, answer_logits, media_token, projector_of, shared_prefix
 from torch import nn
 from transformers import AutoProcessor, PreTrainedModel
 
 from evaluation_mmer.lab.datasets import ANSWERS, QUESTIONS, load_items
-from evaluation_mmer.lab.experts import build_base, build_encoder
+from evaluation_mmer.lab.experts import ADAPTER_FILES, build_base, build_encoder
 from evaluation_mmer.lab.layouts import LAYOUTS
 from evaluation_mmer.lab.towers import new_connector, write_tower
 
+FULL_FILE = "linears.safetensors"
 LINEARS = r"model\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
@@ -45,15 +50,20 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=5e-4, help="of the adapter; the connector's is twice that")
+    parser.add_argument("--full", action="store_true", help="all linears of the LLM learn, and no adapter")
+    parser.add_argument(
+        "--lr", type=float, help="of adapter (default 5e-4) or linears (default 3e-5); the connector's is twice that"
+    )
     parser.add_argument("--validate-every", type=int, default=100)
     parser.add_argument("--validation-items", type=int, default=256)
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="bfloat16")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.lr = options.lr or (3e-5 if options.full else 5e-4)
+    return options
 
 
 class Trainee:
-    """The expert being trained: a stock model whose encoder and base are frozen, with an adapter around its LLM."""
+    """The expert being trained: a stock model with a frozen encoder, and around its LLM an adapter, or none."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         name, start = options.expert, options.start_from
@@ -86,34 +96,54 @@ class Trainee:
             setattr(self.model.get_submodule("model"), key, value)
         self.prefix = LAYOUTS[name].projector
         self.added = nn.Parameter(connector["added_embeddings"])
-        config = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules=LINEARS, bias="none")
-        self.peft = get_peft_model(self.model, config)
+        self.linears = linears_of(self.model) if options.full else {}
+        for linear in self.linears.values():
+            linear.float().requires_grad_(True)
+        self.peft = None if options.full else self.adapted(options.rank, start)
+        self.projector.requires_grad_(True)
+
+    def adapted(self, rank: int, start: Path | None) -> PeftModel:
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LINEARS, bias="none")
+        peft = get_peft_model(self.model, config)
         if start:
-            found = set_peft_model_state_dict(self.peft, load_file(start / "adapter_model.safetensors"))
+            found = set_peft_model_state_dict(peft, load_file(start / "adapter_model.safetensors"))
             lost = [*found.unexpected_keys, *(key for key in found.missing_keys if "lora_" in key)]
             if lost:
                 raise SystemExit(f"{start}: {len(lost)} tensors of its adapter do not fit, such as {lost[0]}")
-        self.projector.requires_grad_(True)
+        return peft
 
     def logits(self, prefix: torch.Tensor, batch: Batch) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == torch.bfloat16):
             return answer_logits(self.model, self.added, prefix, batch).float()
 
     def groups(self, lr: float) -> list[dict[str, Any]]:
-        adapter = [value for name, value in self.peft.named_parameters() if "lora_" in name]
+        inside = [linear.weight for linear in self.linears.values()]
+        if self.peft is not None:
+            inside = [value for name, value in self.peft.named_parameters() if "lora_" in name]
         connector = [*self.projector.parameters(), *self.others.values(), self.added]
-        return [{"params": adapter, "lr": lr}, {"params": connector, "lr": 2 * lr}]
+        return [{"params": inside, "lr": lr}, {"params": connector, "lr": 2 * lr}]
 
     def save(self, out: Path) -> None:
         """What ships, in bf16."""
         out.mkdir(parents=True, exist_ok=True)
         connector = {f"{self.prefix}.{key}": value for key, value in self.projector.state_dict().items()}
         connector.update(self.others, added_embeddings=self.added)
-        half = {key: value.detach().to(torch.bfloat16).contiguous() for key, value in sorted(connector.items())}
-        save_file(half, out / "connector.safetensors", {"format": "pt"})
-        adapter = get_peft_model_state_dict(self.peft, save_embedding_layers=False)
-        half = {key: value.detach().to(torch.bfloat16).contiguous() for key, value in sorted(adapter.items())}
-        save_file(half, out / "adapter_model.safetensors", {"format": "pt"})
+        save_half(connector, out / "connector.safetensors")
+        if self.peft is None:
+            save_half({f"{key}.weight": linear.weight for key, linear in self.linears.items()}, out / FULL_FILE)
+        else:
+            save_half(get_peft_model_state_dict(self.peft, save_embedding_layers=False), out / ADAPTER_FILES[1])
+
+
+def linears_of(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """The LLM's linears under the names of the base's own class."""
+    found = {name: module for name, module in model.named_modules() if re.fullmatch(LINEARS, name)}
+    return {name.replace("language_model.", ""): linear for name, linear in found.items()}
+
+
+def save_half(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    half = {key: value.detach().to(torch.bfloat16).contiguous() for key, value in sorted(tensors.items())}
+    save_file(half, path, {"format": "pt"})
 
 
 def validate(trainee: Trainee, features: Features, prefix: torch.Tensor) -> float:
@@ -201,11 +231,15 @@ def added_ids(name: str, processor: Any) -> list[int]:
 
 def write_out(options: argparse.Namespace, trainee: Trainee, curve: list[dict[str, float]], held: int) -> None:
     trainee.save(options.out)
-    adapter = trainee.peft.peft_config["default"].to_dict()
-    adapter.update(base_model_name_or_path=f"mmer-lab-{options.expert}", inference_mode=True, target_modules=LINEARS)
-    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in adapter.items()}
-    (options.out / "adapter_config.json").write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n")
-    training = {key: getattr(options, key) for key in ("steps", "seed", "batch", "rank", "lr", "precision")}
+    if trainee.peft is not None:
+        adapter = trainee.peft.peft_config["default"].to_dict()
+        adapter.update(
+            base_model_name_or_path=f"mmer-lab-{options.expert}", inference_mode=True, target_modules=LINEARS
+        )
+        plain = {key: sorted(value) if isinstance(value, set) else value for key, value in adapter.items()}
+        (options.out / ADAPTER_FILES[0]).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n")
+    kind = "full" if options.full else "rank"
+    training = {key: getattr(options, key) for key in ("steps", "seed", "batch", kind, "lr", "precision")}
     if options.minutes < math.inf:
         training["minutes"] = options.minutes
     if options.start_from:
