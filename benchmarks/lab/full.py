@@ -68,10 +68,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--name", choices=sorted(FULL), required=True)
-    parser.add_argument("--items", type=int, default=400, help="test items that it is then asked")
+    parser.add_argument("--items", type=int, default=400, help="test items that it is then asked; 0: none")
     options = parser.parse_args()
     folder = build(options.run, options.name)
     shutil.copyfile(folder / "curve.json", CURVES / f"{options.name}.json")
+    if not options.items:
+        return
     task = FULL[options.name]
     model = LAYOUTS[task].model.from_pretrained(folder / "tower", dtype=torch.float32).eval()
     items = load_items(task, "test", options.items)

@@ -52,13 +52,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--full", action="store_true", help="all linears of the LLM learn, and no adapter")
     parser.add_argument(
-        "--lr", type=float, help="of adapter (default 5e-4) or linears (default 3e-5); the connector's is twice that"
+        "--lr", type=float, help="of adapter (default 5e-4) or linears (default 1e-4); the connector's is twice that"
     )
     parser.add_argument("--validate-every", type=int, default=100)
     parser.add_argument("--validation-items", type=int, default=256)
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="bfloat16")
     options = parser.parse_args()
-    options.lr = options.lr or (3e-5 if options.full else 5e-4)
+    options.lr = options.lr or (1e-4 if options.full else 5e-4)
     return options
 
 
