@@ -1,8 +1,8 @@
 """Fidelity per bit: what each way to write an expert's task vector down costs, and what it gives back.
 
     python benchmarks/fidelity.py --ways screen                 # all ways, on validation items: KL divergence, words
-    python benchmarks/fidelity.py --ways final --split test --items 400    # the ways near the knee: accuracy as well
-    python benchmarks/fidelity.py --table                       # the rows as Markdown; fidelity_plot.py draws them
+    python benchmarks/fidelity.py --ways final --split test --items 400   # those near the knee: accuracy as well
+    python benchmarks/fidelity_plot.py                          # the rows as tables and as a picture
 
 Experts: the lab's five LoRA experts and two that were tuned in full (lab/full.py). Everything is merged in memory with
 the functions of merging_mmer: τ* of a set of experts by TIES, rounded to bf16; an expert's linears become θ₀ + τ̂ᵢ, the
@@ -21,19 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fidelity_formulas import (
-    factor_bits,
-    fitted_mask,
-    rounded,
-    row_column_scaled,
-    row_scaled,
-    second_bit,
-    signs,
-    spread,
-    ternary,
-    weighted_correct,
-)
+from fidelity_formulas import factor_bits, rounded, spread, weighted_correct
 from fidelity_questions import Questions, compare, follow, moments, read_tower
+from fidelity_ways import ALONE, MOST_RANK, PATTERNS, PLANS, Way
 from transformers import AutoModelForCausalLM
 
 from evaluation_mmer.demo import EXPERTS
@@ -41,14 +31,12 @@ from evaluation_mmer.lab import build_base, build_expert, load_items
 from evaluation_mmer.lab.layouts import LAYOUTS
 from merging_mmer.base import Base
 from merging_mmer.experts import Expert, open_expert
-from merging_mmer.masks import decouple
 from merging_mmer.recipe import Recipe
 from merging_mmer.ties import merge_vectors, trim
 
 from lab.full import FULL, full_tower  # isort: skip
 
 RESULTS = Path(__file__).parent / "results" / "fidelity.json"
-ALONE = "alone"  # the set of ways that need no τ*
 SETS = {
     "2: image, audio": ("image", "audio"),
     "2: clothes, words": ("clothes", "words"),
@@ -57,98 +45,9 @@ SETS = {
     "4: digits, video, point_cloud, words": ("digits", "video", "point_cloud", "words"),
     "7": (*EXPERTS, *FULL),
 }
-MOST_RANK = 64  # that a spread correction gives one matrix
 UNLABELLED = 64  # train inputs behind the activation weights
 
 Matrices = dict[str, torch.Tensor]
-Pattern = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-def fitted_rows(tau: torch.Tensor, merged: torch.Tensor) -> torch.Tensor:
-    mask, _ = fitted_mask(tau, merged)
-    return row_scaled(tau, mask * merged)
-
-
-def fitted_rows_columns(tau: torch.Tensor, merged: torch.Tensor) -> torch.Tensor:
-    mask, _ = fitted_mask(tau, merged)
-    return row_column_scaled(tau, mask * merged)
-
-
-# name -> (τ̂ of (τ, τ*), bits an entry, 16-bit numbers a row, and a column, whether it shares τ*)
-PATTERNS: dict[str, tuple[Pattern, float, int, int, bool]] = {
-    "": (lambda tau, _: torch.zeros_like(tau), 0, 0, 0, False),
-    "sign, row magnitudes": (lambda tau, _: row_scaled(tau, signs(tau)), 1, 1, 0, False),
-    "sign, row × column magnitudes": (lambda tau, _: row_column_scaled(tau, signs(tau)), 1, 1, 1, False),
-    "ternary, row magnitudes": (lambda tau, _: ternary(tau), 1.6, 1, 0, False),
-    "paper": (lambda tau, merged: decouple(tau, merged) * merged, 1, 0, 0, True),
-    "paper, density 0.2": (lambda tau, merged: decouple(tau, merged) * merged, 1, 0, 0, True),
-    "mask, row scales": (lambda tau, merged: row_scaled(tau, decouple(tau, merged) * merged), 1, 1, 0, True),
-    "fitted mask, row scales": (fitted_rows, 1, 1, 0, True),
-    "fitted mask, row × column scales": (fitted_rows_columns, 1, 1, 1, True),
-    "mask, second bit": (second_bit, 2, 2, 0, True),
-}
-
-
-@dataclass(frozen=True)
-class Way:
-    """pattern: of PATTERNS; rank: 0, or (mean) rank of a correction of what the pattern leaves; weight: none, its
-    inputs' mean squares (diagonal) or second moments (full); spread: rank over matrices by what it recovers."""
-
-    pattern: str = ""
-    rank: int = 0
-    weight: str = "none"
-    spread: bool = False
-    bits: int = 16
-
-    @property
-    def label(self) -> str:
-        words = [self.pattern] if self.pattern else []
-        if self.rank:
-            how = "spread " if self.spread else ""
-            by = {"none": "", "diagonal": ", by activations (diagonal)", "full": ", by activations"}[self.weight]
-            words.append(f"{how}rank {self.rank}{by}" + ("" if self.bits == 16 else f", {self.bits} bits"))
-        return ", ".join(words) or "base parameters"
-
-    @property
-    def shares(self) -> bool:
-        return PATTERNS[self.pattern][4]
-
-
-def ways_alone() -> list[Way]:
-    ranks = (4, 8, 16, 32)
-    return [
-        *(Way(rank=rank) for rank in (*ranks, MOST_RANK)),
-        *(Way(rank=rank, spread=True) for rank in ranks),
-        *(Way(rank=16, spread=True, bits=bits) for bits in (8, 4)),
-        Way(rank=8, spread=True, weight="diagonal"),
-        *(Way(rank=rank, spread=True, weight="full") for rank in (2, 4, 8, 16)),
-        *(Way(rank=rank, spread=True, weight="full", bits=4) for rank in (8, 16)),
-        Way("sign, row magnitudes"),
-        Way("sign, row magnitudes", rank=8, spread=True),
-        Way("sign, row × column magnitudes"),
-        Way("ternary, row magnitudes"),
-    ]
-
-
-def ways_shared() -> list[Way]:
-    return [
-        Way("paper"),
-        Way("paper, density 0.2"),
-        Way("mask, row scales"),
-        Way("mask, row scales", rank=8),
-        Way("mask, row scales", rank=16),
-        Way("fitted mask, row scales"),
-        Way("fitted mask, row scales", rank=8),
-        Way("fitted mask, row scales", rank=8, spread=True),
-        Way("fitted mask, row scales", rank=8, spread=True, weight="full"),
-        Way("fitted mask, row × column scales"),
-        Way("mask, second bit"),
-    ]
-
-
-def ways_few() -> list[Way]:
-    """Of those that share τ*, the ones whose dependence on the number of experts is measured."""
-    return [Way("paper"), Way("fitted mask, row scales")]
 
 
 @dataclass
@@ -349,11 +248,6 @@ def keep(path: Path, rows: Sequence[dict[str, Any]]):
 
 def key_of(row: dict[str, Any]) -> tuple:
     return (row["expert"], row["set"], row["way"], row["split"])
-
-
-PLANS: dict[str, Callable[[str], list[Way]]] = {
-    "screen": lambda place: ways_alone() if place == ALONE else ways_shared() if place == "7" else ways_few(),
-}
 
 
 def main():

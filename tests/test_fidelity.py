@@ -14,6 +14,7 @@ sys.path.append(str(BENCHMARKS))
 import fidelity  # noqa: E402
 import fidelity_formulas as formulas  # noqa: E402
 import fidelity_questions as questions  # noqa: E402
+import fidelity_ways as ways  # noqa: E402
 
 OUT, WIDE = 5, 7
 
@@ -289,34 +290,34 @@ def lab(llm) -> fidelity.Lab:
 def test_every_way_gives_rows_once_and_more_bits_lose_less(lab, monkeypatch):
     monkeypatch.setattr(fidelity, "questions_of", lambda *_: asked())
     sets = {"7": ("image", "audio")}
-    plan = fidelity.Plan("validation", 3, 0, fidelity.PLANS["screen"])
+    plan = fidelity.Plan("validation", 3, 0, ways.PLANS["screen"])
     rows = list(fidelity.rows_of(lab, "image", sets, plan, set()))
     found = {(row["set"], row["way"]): row for row in rows}
-    wanted = {(fidelity.ALONE, way.label) for way in fidelity.ways_alone()}
-    wanted |= {("7", way.label) for way in fidelity.ways_shared()}
+    wanted = {(ways.ALONE, way.label) for way in ways.ways_alone()}
+    wanted |= {("7", way.label) for way in ways.ways_shared()}
     assert set(found) == wanted and len(rows) == len(wanted)
     known = {fidelity.key_of(row) for row in rows}
     assert list(fidelity.rows_of(lab, "image", sets, plan, known)) == []
-    losses = [found[fidelity.ALONE, f"rank {rank}"]["residual"] for rank in (4, 8, 16)]
+    losses = [found[ways.ALONE, f"rank {rank}"]["residual"] for rank in (4, 8, 16)]
     assert losses[0] > losses[1] > losses[2] and losses[2] < 0.01  # the smaller side of all matrices is 16 or less
     for place, more, less in (
         ("7", "fitted mask, row scales", "mask, row scales"), ("7", "mask, row scales", "paper"),
         ("7", "fitted mask, row scales, rank 8", "fitted mask, row scales"), ("7", "mask, second bit", "paper"),
-        (fidelity.ALONE, "ternary, row magnitudes", "sign, row magnitudes"),
-        (fidelity.ALONE, "spread rank 4", "rank 4"),
+        (ways.ALONE, "ternary, row magnitudes", "sign, row magnitudes"),
+        (ways.ALONE, "spread rank 4", "rank 4"),
     ):  # fmt: skip
         assert found[place, more]["residual"] < found[place, less]["residual"] + 1e-6, (more, less)
     assert found["7", "paper"]["bits"] == 1
     assert [row["data_free"] for row in rows] == ["by activations" not in row["way"] for row in rows]
     entries = sum(tensor.numel() for tensor in lab.theta_0.values())
     numbers = sum(4 * sum(tensor.shape) for tensor in lab.theta_0.values())
-    assert found[fidelity.ALONE, "rank 4"]["bits"] == pytest.approx(16 * numbers / entries)
+    assert found[ways.ALONE, "rank 4"]["bits"] == pytest.approx(16 * numbers / entries)
 
 
 def test_what_is_put_is_the_base_and_the_way(lab):
     taus = {name: lab.tau("image", name) for name in lab.theta_0}
     subject = fidelity.Subject(lab, "image", taus, dict, ("image", "audio"))
-    made = subject.make(fidelity.Way("paper"))
+    made = subject.make(ways.Way("paper"))
     lost, energy = 0.0, 0.0
     for name, theta_0 in lab.theta_0.items():
         tau, other = taus[name], lab.tau("audio", name)
