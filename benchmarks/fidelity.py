@@ -45,7 +45,7 @@ SETS = {
     "4: digits, video, point_cloud, words": ("digits", "video", "point_cloud", "words"),
     "7": (*EXPERTS, *FULL),
 }
-UNLABELLED = 64  # train inputs behind the activation weights
+UNLABELLED = 128  # train inputs behind the activation weights
 
 Matrices = dict[str, torch.Tensor]
 

@@ -146,8 +146,9 @@ def compare(llm: Any, questions: Questions, accuracy: bool) -> Kept:
 
 
 def moments(llm: Any, questions: Questions, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
-    """name -> E[xxᵀ] (in, in) of a linear's inputs, over all tokens of the prompts without an answer.
+    """name -> E[xxᵀ] (in, in) of a linear's inputs, over all tokens behind the shared prefix, without an answer.
 
+    The prefix is left out since it is the same in every item, and its first token's inputs are many times as large.
     `names`: matrix -> the module that it belongs to. Those that read the same input share one tensor.
     """
     sums: dict[str, torch.Tensor] = {}
@@ -169,7 +170,8 @@ def moments(llm: Any, questions: Questions, names: Mapping[str, str]) -> dict[st
         for start in range(0, len(questions.prompts), BATCH):
             rows = [torch.cat([table(questions.prefix), row]) for row in questions.prompts[start : start + BATCH]]
             lengths = torch.tensor([len(row) for row in rows])
-            real = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
+            place = torch.arange(int(lengths.max()))
+            real = (place >= len(questions.prefix)) & (place < lengths.unsqueeze(1))
             llm.model(inputs_embeds=nn.utils.rnn.pad_sequence(rows, batch_first=True))
     for handle in handles:
         handle.remove()

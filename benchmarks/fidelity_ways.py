@@ -121,7 +121,8 @@ def ways_core(place: str) -> list[Way]:
 def ways_final(place: str) -> list[Way]:
     """Those near the knee."""
     if place == ALONE:
-        return [*(Way(rank=rank, spread=True, bits=4) for rank in (16, 32)), Way(rank=16), Way(rank=MOST_RANK, bits=4)]
+        few_bits = [Way(rank=rank, spread=True, bits=4) for rank in (8, 16, 32)]
+        return [*few_bits, Way(rank=MOST_RANK, bits=4), Way(rank=16)]
     return [Way("paper"), Way("mask, row scales", rank=8)]
 
 

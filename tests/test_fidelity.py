@@ -241,7 +241,7 @@ def test_the_original_keeps_everything_and_another_model_does_not(llm):
     assert changed.same == same < 3
 
 
-def test_moments_leave_padding_out(llm):
+def test_moments_leave_prefix_and_padding_out(llm):
     own = asked()
     names = {name: f"model.layers.1.{name}" for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")}
     found, expected = questions.moments(llm, own, names), dict.fromkeys(names, 0)
@@ -254,11 +254,11 @@ def test_moments_leave_padding_out(llm):
             )
             for name, module in names.items()
         ]
-        tokens += len(alone(llm, own, i, []))
+        tokens += len(alone(llm, own, i, [])) - len(own.prefix)
         for hook in hooks:
             hook.remove()
         for name, inputs in seen.items():
-            expected[name] = expected[name] + sum(torch.outer(x, x) for x in inputs[0])
+            expected[name] = expected[name] + sum(torch.outer(x, x) for x in inputs[0, len(own.prefix) :])
     for name in names:
         torch.testing.assert_close(found[name], expected[name] / tokens, rtol=1e-4, atol=1e-5)
 
