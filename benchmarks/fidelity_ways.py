@@ -121,13 +121,20 @@ def ways_core(place: str) -> list[Way]:
 def ways_final(place: str) -> list[Way]:
     """Those near the knee."""
     if place == ALONE:
-        few_bits = [Way(rank=rank, spread=True, bits=4) for rank in (8, 16, 32)]
-        return [*few_bits, Way(rank=MOST_RANK, bits=4), Way(rank=16)]
-    return [Way("paper"), Way("mask, row scales", rank=8)]
+        return [*(Way(rank=rank, spread=True, bits=4) for rank in (16, 32)), Way(rank=MOST_RANK, bits=4)]
+    return [Way("mask, row scales", rank=8), Way("paper")]
+
+
+def ways_knee(place: str) -> list[Way]:
+    """The fewest that say whether a LoRA needs less."""
+    if place == ALONE:
+        return [Way(rank=rank, spread=True, bits=4) for rank in (8, 16)]
+    return [Way("paper")]
 
 
 PLANS: dict[str, Callable[[str], list[Way]]] = {
     "core": ways_core,
     "final": ways_final,
+    "knee": ways_knee,
     "screen": lambda place: ways_alone() if place == ALONE else ways_shared() if place == "7" else ways_few(),
 }
