@@ -102,9 +102,9 @@ def ways_shared() -> list[Way]:
     ]
 
 
-def ways_few() -> list[Way]:
-    """Of those that share τ*, the ones whose dependence on the number of experts is measured."""
-    return [Way("paper"), Way("fitted mask, row scales")]
+def ways_few(place: str) -> list[Way]:
+    """Whether the number of experts that share τ* matters."""
+    return [] if place == ALONE else [Way("paper"), Way("mask, row scales", rank=8)]
 
 
 def ways_core(place: str) -> list[Way]:
@@ -132,9 +132,14 @@ def ways_knee(place: str) -> list[Way]:
     return [Way("paper")]
 
 
+def ways_screen(place: str) -> list[Way]:
+    return ways_alone() if place == ALONE else ways_shared() if place.startswith("7") else ways_few(place)
+
+
 PLANS: dict[str, Callable[[str], list[Way]]] = {
+    "screen": ways_screen,
     "core": ways_core,
+    "few": ways_few,
     "final": ways_final,
     "knee": ways_knee,
-    "screen": lambda place: ways_alone() if place == ALONE else ways_shared() if place == "7" else ways_few(),
 }
