@@ -4,7 +4,7 @@
 
 Enters: results/fidelity.json. Leaves: on stdout a table of the screen (validation: KL divergence from the original and
 the share of items with the same words) and one of the accuracies (test), with Wilson's 95 % intervals; the picture has
-both against bits a parameter, one line an expert. A way's worst expert is what counts.
+both against bits a parameter, one colour an expert. A way's worst expert is what counts.
 """
 
 import argparse
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from evaluation_mmer.intervals import wilson
+
+from lab.full import FULL  # isort: skip
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
@@ -34,19 +36,25 @@ def share(right: int, n: int) -> str:
 
 
 def screen_table(rows: Sequence[Row]) -> list[str]:
+    """LoRAs and experts that were tuned in full apart, since not every way was asked of both."""
     lines = [
-        "| shares τ* of | way | bits | residual, mean | KL, mean | KL, worst | same words, all | experts |",
-        "|---|---|---|---|---|---|---|---|",
+        "| shares τ* of | way | bits | KL, worst LoRA | same words | KL, worst full expert | same words |",
+        "|---|---|---|---|---|---|---|",
     ]
     for (place, way), own in grouped(rows, "validation").items():
-        worst = max(own, key=lambda row: row["divergence"])
-        same = share(sum(row["same"] for row in own), sum(row["n"] for row in own))
-        means = [sum(row[key] for row in own) / len(own) for key in ("bits", "residual", "divergence")]
-        lines.append(
-            f"| {'–' if place == 'alone' else place} | {way} | {means[0]:.2f} | {means[1]:.2f} | {means[2]:.4f} "
-            f"| {worst['divergence']:.4f} ({worst['expert']}) | {same} | {len(own)} |"
-        )
+        full = [row for row in own if row["expert"] in FULL]
+        cells = [*_worst([row for row in own if row not in full]), *_worst(full)]
+        bits = sum(row["bits"] for row in own) / len(own)
+        lines.append(f"| {'–' if place == 'alone' else place} | {way} | {bits:.2f} | " + " | ".join(cells) + " |")
     return lines
+
+
+def _worst(rows: Sequence[Row]) -> tuple[str, str]:
+    if not rows:
+        return "–", "–"
+    worst = max(rows, key=lambda row: row["divergence"])
+    same = share(sum(row["same"] for row in rows), sum(row["n"] for row in rows))
+    return f"{max(worst['divergence'], 0):.4f} ({worst['expert']}, of {len(rows)})", same
 
 
 def retention(row: Row) -> float:
@@ -55,13 +63,13 @@ def retention(row: Row) -> float:
 
 def final_table(rows: Sequence[Row]) -> list[str]:
     lines = [
-        "| shares τ* of | way | bits | expert | accuracy (95 %) | original | retention | same words (95 %) |",
-        "|---|---|---|---|---|---|---|---|",
+        "| shares τ* of | way | bits | expert | n | accuracy (95 %) | original | retention | same words (95 %) |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for (place, way), own in grouped(rows, "test").items():
         for row in own:
             lines.append(
-                f"| {'–' if place == 'alone' else place} | {way} | {row['bits']:.2f} | {row['expert']} "
+                f"| {'–' if place == 'alone' else place} | {way} | {row['bits']:.2f} | {row['expert']} | {row['n']} "
                 f"| {share(row['right'], row['n'])} | {row['right_original'] / row['n']:.1%} | {retention(row):.1%} "
                 f"| {share(row['same'], row['n'])} |"
             )

@@ -13,6 +13,7 @@ sys.path.append(str(BENCHMARKS))
 
 import fidelity  # noqa: E402
 import fidelity_formulas as formulas  # noqa: E402
+import fidelity_plot  # noqa: E402
 import fidelity_questions as questions  # noqa: E402
 import fidelity_ways as ways  # noqa: E402
 
@@ -335,3 +336,18 @@ def test_a_missing_full_expert_says_how_to_train_it(monkeypatch, tmp_path):
     monkeypatch.setenv("MMER_CACHE", str(tmp_path))
     with pytest.raises(RuntimeError, match="(?s)'clothes' is not in .*Train it as benchmarks/lab/README.md says"):
         fidelity.full_tower("clothes")
+
+
+def test_the_tables_show_each_ways_worst_expert(tmp_path):
+    def row(expert: str, divergence: float, same: int, **more) -> dict:
+        plain = {"set": "alone", "way": "rank 4", "split": "validation", "bits": 0.5, "residual": 0.1, "n": 10}
+        return {**plain, "expert": expert, "divergence": divergence, "same": same, **more}
+
+    rows = [row("image", 0.1, 9), row("audio", 0.2, 8), row("clothes", 0.3, 7)]
+    rows.append(row("words", 0.0, 10, split="test", set="7", way="paper", right=6, right_original=8))
+    (line,) = fidelity_plot.screen_table(rows)[2:]
+    assert "0.2000 (audio, of 2) | 85.0% (64.0% – 94.8%)" in line and "0.3000 (clothes, of 1) | 70.0%" in line
+    (line,) = fidelity_plot.final_table(rows)[2:]
+    assert line.startswith("| 7 | paper | 0.50 | words | 10 | 60.0%") and "| 80.0% | 75.0% | 100.0%" in line
+    fidelity_plot.draw(rows, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
