@@ -24,6 +24,7 @@ import torch
 from fidelity_formulas import factor_bits, rounded, spread, weighted_correct
 from fidelity_questions import Questions, compare, follow, moments, read_tower
 from fidelity_ways import ALONE, MOST_RANK, PATTERNS, PLANS, Way
+from retention import versions
 from transformers import AutoModelForCausalLM
 
 from evaluation_mmer.demo import EXPERTS
@@ -238,6 +239,7 @@ def rows_of(lab: Lab, name: str, sets: dict[str, tuple[str, ...]], plan: Plan, k
                 "seed": plan.seed, **made, "divergence": answered.divergence, "n": answered.n, "same": answered.same,
                 "right": answered.right, "right_original": sum(questions.right),
                 "data_free": way.weight == "none", "seconds": round(time.monotonic() - began, 1),
+                "versions": versions(),
             }  # fmt: skip
 
 
