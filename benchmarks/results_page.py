@@ -128,14 +128,14 @@ SECTIONS = (
     Section(
         "Fidelity per bit", "python benchmarks/fidelity.py --ways final --experts clothes,words --sets 7 --split test",
         "fidelity.json",
-        "Two experts that were tuned in full; merged folders have no 4-bit factors yet. All ways, on validation items: "
-        "[fidelity.md](fidelity.md).",
+        "Two experts that were tuned in full; merged folders have no 4-bit factors yet. All ways, on validation "
+        "items: [fidelity.md](fidelity.md).",
         lambda found: "\n".join(fidelity_plot.final_table(found)),
     ),
     Section(
         "Which route for text", "python benchmarks/text_routes.py --items 60", "text_routes.json",
-        "60 questions an expert, its medium alone and with one of another kind beside it. `auto` is the expert's route "
-        "with one medium, `merged` with two.",
+        "60 questions an expert, its medium alone and with one of another kind beside it. `auto` is the expert's "
+        "route with one medium, `merged` with two.",
         lambda found: text_routes.markdown(found),
     ),
     Section(
