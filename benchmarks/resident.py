@@ -78,8 +78,8 @@ def language_bytes(model: Model) -> int:
     return sizes - stored_bytes(model.model.experts)
 
 
-def load(folder: Path) -> Model:
-    return MMERForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16).eval()
+def load(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Model:
+    return MMERForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
 
 
 def sizes(base: Model, folder: Path) -> list[list[str]]:
@@ -96,7 +96,7 @@ def times(base: Model, folder: Path, rounds: int) -> list[list[str]]:
     """In turn; the first round is not counted."""
     models = {"base": base}
     for name in ("packed", f"only {EXPERT}", f"only {EXPERT}, kept"):
-        models[name] = load(folder)
+        models[name] = load(folder, torch.float32)
         ways(EXPERT)[name](models[name])
     found: dict[str, list[list[float]]] = {name: [] for name in models}
     for _ in range(rounds + 1):
@@ -190,8 +190,9 @@ def main():
         if kind == "mask":  # of a folder with exact experts it is the same
             console.print(table("τ*", ["form", "bits an entry", "decoding"], other_forms(folder)))
     columns = ["what is held", "ms a step (× base)", f"ms a prefill of {PREFILL} (× base)"]
+    base = base.float()
     for kind, folder in merged.items():
-        console.print(table(f"{kind}, route {EXPERT}", columns, times(base, folder, arguments.rounds)))
+        console.print(table(f"{kind}, route {EXPERT}, fp32", columns, times(base, folder, arguments.rounds)))
 
 
 if __name__ == "__main__":
