@@ -113,7 +113,8 @@ def test_what_was_forgotten_is_what_was_measured():
 def test_how_fast_a_merge_is_is_what_was_measured():
     rows = json.loads((RESULTS / "merge_speed.json").read_text())["rows"]
     rows = {(row["tool"], row["density"], row["rank"]): row for row in rows if row["experts"] == 3}
-    shown = re.findall(r"^\| (.*?) \| (.*?) \| (.*?) \|$", section("How fast"), re.MULTILINE)[1:]
+    merges = section("How fast").split("The merged lab model", 1)[0]
+    shown = re.findall(r"^\| (.*?) \| (.*?) \| (.*?) \|$", merges, re.MULTILINE)[1:]
     lines = {what: (seconds, ratio) for what, seconds, ratio in shown if "---" not in what}
     ways = {"copy": "a plain copy of base and experts", "mergekit": "mergekit 0.1.5, `ties --lazy-unpickle`, no masks"}
     for (tool, density, rank), row in rows.items():
@@ -166,3 +167,31 @@ def test_the_demo_prints_what_the_readme_shows_and_its_folder_loads(tmp_path):
     asked = subprocess.run([sys.executable, "ask.py"], cwd=tmp_path, capture_output=True, text=True)
     assert asked.returncode == 0, asked.stderr[-3000:]
     assert asked.stdout.strip() == first["answer"]
+
+
+def test_how_fast_the_merged_model_is_is_what_was_measured():
+    rows = json.loads((RESULTS / "inference.json").read_text())["rows"]
+    shown = dict(re.findall(r"^\| ([^|]+) \| (\d\.\d\d \([^|]+\)) \|$", section("How fast"), re.MULTILINE))
+    expected = {
+        "decoding, text alone, beside the base": ("decode", "text", "base", 64),
+        "decoding behind a picture, beside the base": ("decode", "image, text", "base", 53),
+        "decoding behind several media, beside the base": ("decode", "several media, text", "base", 74),
+        "prefill of 512 tokens, weights kept, beside the original expert": ("prefill", "kept", "original", 512),
+        "prefill of 512 tokens, packed, beside the original expert": ("prefill", "packed", "original", 512),
+        "memory, packed, beside base and five originals": ("memory", "packed", "base and originals", None),
+        "loading, for each byte, beside the base": ("load", "load, per byte", "base", None),
+    }
+    assert set(shown) == set(expected)
+    for what, key in expected.items():
+        (row,) = (
+            row for row in rows
+            if (row["section"], row["what"], row["against"], row["prompt"]) == key and row["batch"] in (1, None)
+        )  # fmt: skip
+        middle, least, largest = row["ratio"]
+        assert shown[what] == f"{middle:.2f} ({least:.2f} – {largest:.2f})", what
+        rounds = 1 if row["section"] == "memory" else 3  # bytes are the same each time
+        assert row["experts"] == 5 and row["rounds"] == rounds and row["dtype"] == "float32"
+    (packed,) = (
+        row for row in rows if row["section"] == "prefill" and (row["what"], row["prompt"]) == ("packed", 128)
+    )
+    assert f"(128 tokens: {packed['ratio'][0]:.2f})" in section("How fast")
