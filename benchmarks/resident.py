@@ -31,7 +31,7 @@ from evaluation_mmer.lab import build_expert
 from mmer import MMERForConditionalGeneration, merge
 
 Model = Any
-STEPS, PREFILL = 8, 128
+PREFILL = 128
 EXPERT = EXPERTS[0]
 
 
@@ -57,20 +57,13 @@ def folders(folder: Path) -> tuple[Path, dict[str, Path]]:
     return base, {"mask": masks, "exact": exact}
 
 
-def seconds(model: Model, length: int, steps: int, **route: str) -> float:
-    """Of the processor: a prefill, or a step behind one."""
-    ids = torch.randint(4, 4000, (1, length), generator=torch.Generator().manual_seed(0))
+def seconds(model: Model, **route: str) -> float:
+    """Of the processor: a prefill."""
+    ids = torch.randint(4, 4000, (1, PREFILL), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         started = time.process_time()
-        if not steps:
-            model(input_ids=ids, logits_to_keep=1, **route)
-            return time.process_time() - started
-        found = []
-        for new in (1, 1 + steps):
-            started = time.process_time()
-            model.generate(ids, attention_mask=torch.ones_like(ids), min_new_tokens=new, max_new_tokens=new, **route)
-            found.append(time.process_time() - started)
-    return (found[1] - found[0]) / steps
+        model(input_ids=ids, logits_to_keep=1, **route)
+        return time.process_time() - started
 
 
 def language_bytes(model: Model) -> int:
@@ -98,23 +91,17 @@ def times(base: Model, folder: Path, rounds: int) -> list[list[str]]:
     for name in ("packed", f"only {EXPERT}", f"only {EXPERT}, kept"):
         models[name] = load(folder, torch.float32)
         ways(EXPERT)[name](models[name])
-    found: dict[str, list[list[float]]] = {name: [] for name in models}
+    found: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(rounds + 1):
         for name, model in models.items():
-            route = {} if name == "base" else {"text_route": EXPERT}
-            kept = "kept" in name
             if name != "base":
-                model.keep_routes([EXPERT] if kept else [])
-            prefill = seconds(model, PREFILL, 0, **route)
-            found[name].append([seconds(model, 16, STEPS, **route), prefill])
+                model.keep_routes([EXPERT] if "kept" in name else [])
+            found[name].append(seconds(model, **({} if name == "base" else {"text_route": EXPERT})))
     rows = []
     for name, values in found.items():
-        ratios = [[o / b for o, b in zip(ours, plain)] for ours, plain in zip(values[1:], found["base"][1:])]
-        rows.append([name])
-        for place in range(2):
-            ms = 1e3 * statistics.median(value[place] for value in values[1:])
-            of = sorted(ratio[place] for ratio in ratios)
-            rows[-1].append(f"{ms:.0f} ({statistics.median(of):.2f}; {of[0]:.2f} – {of[-1]:.2f})")
+        ratios = sorted(ours / plain for ours, plain in zip(values[1:], found["base"][1:]))
+        spread = f"{statistics.median(ratios):.2f}; {ratios[0]:.2f} – {ratios[-1]:.2f}"
+        rows.append([name, f"{1e3 * statistics.median(values[1:]):.0f} ({spread})"])
     return rows
 
 
@@ -189,7 +176,7 @@ def main():
     for kind, folder in merged.items():
         if kind == "mask":  # of a folder with exact experts it is the same
             console.print(table("τ*", ["form", "bits an entry", "decoding"], other_forms(folder)))
-    columns = ["what is held", "ms a step (× base)", f"ms a prefill of {PREFILL} (× base)"]
+    columns = ["what is held", f"ms a prefill of {PREFILL} tokens (× base)"]
     base = base.float()
     for kind, folder in merged.items():
         console.print(table(f"{kind}, route {EXPERT}, fp32", columns, times(base, folder, arguments.rounds)))
