@@ -139,7 +139,7 @@ SECTIONS = (
         lambda found: text_routes.markdown(found),
     ),
     Section(
-        "The base's language", "python benchmarks/language.py --bigbench --items 60", "language.json",
+        "The base's language", "python benchmarks/language.py --items 60 --sentences 100", "language.json",
         "The base's route is the base's own, bit for bit: the run ends where it is not.",
         lambda found: language.markdown(found["rows"]),
     ),
