@@ -26,10 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from retention import cells, keep, merged_inputs, original, recipe, versions
+from retention import cells, keep, load_merged, merged_inputs, original, recipe, versions
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoProcessor
 
 from configuration_mmer.routes_mmer import BASE_ROUTE, FIRST_EXPERT_ROUTE, MERGED_ROUTE
 from evaluation_mmer.baseline_models import HOST, TaskVectors, put
@@ -38,7 +37,7 @@ from evaluation_mmer.demo import EXPERTS
 from evaluation_mmer.lab import load_items
 from evaluation_mmer.lab.layouts import LAYOUTS
 from evaluation_mmer.retention import Score, evaluate
-from mmer import MMERForConditionalGeneration, Recipe, merge
+from mmer import Recipe, merge
 
 RESULTS = Path(__file__).parent / "results" / "baselines.json"
 STATIC = ("weight_average", "naive_mc", "task_arithmetic", "dare", "consensus", "ties")
@@ -80,18 +79,18 @@ class Questions:
 
 @dataclass
 class Loaded:
-    """A merged folder in memory. costs: expert -> bits a merged parameter."""
+    """A merged folder in memory. decode: tokens to words. costs: expert -> bits a merged parameter."""
 
     model: Any
     processor: Any
+    decode: Callable[[torch.Tensor], list[str]]
     costs: dict[str, float]
 
     @classmethod
     def merged(cls, settings: dict[str, Any], out: Path) -> "Loaded":
         report = merge(Recipe.from_dict(settings), out, progress=False)
         costs = {name: numbers["bits_per_parameter"] for name, numbers in report.experts.items()}
-        model = MMERForConditionalGeneration.from_pretrained(out, dtype=torch.float32).eval()
-        return cls(model, AutoProcessor.from_pretrained(out, trust_remote_code=True), costs)
+        return cls(*load_merged(out), costs)
 
     def ask(self, questions: Questions, name: str, method: str, of: str | None = None) -> Score:
         """The answers to the items of expert `name`, by `method`; `of`: all tokens with that expert's parameters."""
@@ -101,10 +100,7 @@ class Loaded:
         if method == "damc":
             batches = [text_on_merged(batch) for batch in batches]
         self.model.keep_routes(held_for(method, of or name))
-        return evaluate(self.model, self._decode, batches, list(questions.items[name]), route, f"{name}: {method}")
-
-    def _decode(self, tokens: torch.Tensor) -> list[str]:
-        return self.processor.batch_decode(tokens, skip_special_tokens=True)
+        return evaluate(self.model, self.decode, batches, list(questions.items[name]), route, f"{name}: {method}")
 
 
 def route_of(method: str) -> int | None:

@@ -15,15 +15,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-from retention import cells, merged_inputs, original, recipe, versions
+from retention import cells, load_merged, merged_inputs, original, recipe, versions
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoProcessor
 
 from evaluation_mmer.lab import load_items
 from evaluation_mmer.retention import Score, evaluate
-from mmer import MMERForConditionalGeneration, merge
+from mmer import merge
 
 TASKS = {"old": "image", "new": "digits"}
 
@@ -33,9 +31,7 @@ def merged_scores(items: dict[str, list], settings: dict[str, Any]) -> dict[str,
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "both-tasks"
         merge(recipe(list(TASKS.values()), settings), out, progress=False)
-        model = MMERForConditionalGeneration.from_pretrained(out, dtype=torch.float32).eval()
-        processor = AutoProcessor.from_pretrained(out, trust_remote_code=True)
-        decode = lambda tokens: processor.batch_decode(tokens, skip_special_tokens=True)  # noqa: E731
+        model, processor, decode = load_merged(out)
         scores = {}
         for name, own in items.items():
             model.keep_routes([name])

@@ -15,6 +15,7 @@ import json
 import platform
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -55,10 +56,21 @@ def recipe(names: list[str], settings: dict[str, Any]) -> dict[str, Any]:
     return {"base": str(build_base()), **sources({name: build_expert(name) for name in names}), **settings}
 
 
+def decoder(processor: Any) -> Callable[[torch.Tensor], list[str]]:
+    return lambda tokens: processor.batch_decode(tokens, skip_special_tokens=True)
+
+
 def original(name: str, items: list) -> Score:
     model, processor = load_expert(name, torch.float32)
     batches = [processor_inputs(processor, part) for part in batched(items, BATCH)]
-    return evaluate(model, lambda t: processor.batch_decode(t, skip_special_tokens=True), batches, items, label=name)
+    return evaluate(model, decoder(processor), batches, items, label=name)
+
+
+def load_merged(folder: Path) -> tuple[Any, Any, Callable[[torch.Tensor], list[str]]]:
+    """A merged folder in fp32: model, processor, and what makes words of tokens."""
+    model = MMERForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    return model, processor, decoder(processor)
 
 
 def merged_inputs(processor, name: str, items: list) -> list[dict[str, torch.Tensor]]:
@@ -157,9 +169,7 @@ def main():
             started = time.monotonic()
             out = Path(folder) / label.replace(" ", "-")
             report = merge(recipe(names, settings), out, progress=False)
-            model = MMERForConditionalGeneration.from_pretrained(out, dtype=torch.float32).eval()
-            processor = AutoProcessor.from_pretrained(out, trust_remote_code=True)
-            decode = lambda tokens: processor.batch_decode(tokens, skip_special_tokens=True)  # noqa: E731
+            model, processor, decode = load_merged(out)
             for name in names:
                 if name not in prompts:
                     prompts[name] = merged_inputs(processor, name, items[name])

@@ -18,17 +18,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from retention import BATCH, cells, original, recipe, versions
+from retention import BATCH, cells, load_merged, original, recipe, versions
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoProcessor
 
 from evaluation_mmer.demo import EXPERTS
 from evaluation_mmer.lab import load_items
 from evaluation_mmer.lab.layouts import LAYOUTS
 from evaluation_mmer.retention import batched, evaluate
-from mmer import MMERForConditionalGeneration, merge
+from mmer import merge
 
 RESULTS = Path(__file__).parent / "results" / "text_routes.json"
 OWN = "expert"  # the expert whose question it is
@@ -107,9 +105,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "merged"
         merge(recipe(names, {"decoupling": {"kind": arguments.decoupling}}), out, progress=False)
-        model = MMERForConditionalGeneration.from_pretrained(out, dtype=torch.float32).eval()
-        processor = AutoProcessor.from_pretrained(out, trust_remote_code=True)
-        decode = lambda tokens: processor.batch_decode(tokens, skip_special_tokens=True)  # noqa: E731
+        model, processor, decode = load_merged(out)
         model.keep_routes([*names, "merged"])
         for name in names:
             for place, route in ways(names):

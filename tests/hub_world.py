@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,19 @@ from typing import Any
 from .local_hub import LocalHub
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def hub_settings(hub: LocalHub) -> dict[str, str]:
+    """What huggingface_hub has to find in its environment, to work with this one and say little."""
+    quiet = dict(HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_PROGRESS_BARS="1", HF_HUB_DISABLE_TELEMETRY="1")
+    return dict(HF_ENDPOINT=hub.url, HF_TOKEN=hub.token, **quiet)
+
+
+def run_client(main: Callable[[LocalHub, Path], dict[str, Any]], token: str):
+    """A client script with a Hub of its own: FACTS FOLDER are its arguments, FACTS gets what `main` returns."""
+    with LocalHub(lfs=lambda repo, path: path.endswith(".safetensors"), token=token) as hub:
+        os.environ |= {**hub_settings(hub), "HF_HUB_OFFLINE": "0", "COLUMNS": "200"}
+        Path(sys.argv[1]).write_text(json.dumps(main(hub, Path(sys.argv[2]))))
 
 
 @dataclass
@@ -27,8 +41,7 @@ class World:
     def environment(self, home: str, rooms: bool = False, **settings: str) -> dict[str, str]:
         unset = {"PYTHONPATH", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE", "HF_MODULES_CACHE"}
         env = {name: value for name, value in os.environ.items() if name not in unset}
-        env |= dict(HF_ENDPOINT=self.hub.url, HF_TOKEN=self.hub.token, HF_HOME=str(self.folder / home))
-        env |= dict(HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_PROGRESS_BARS="1", HF_HUB_DISABLE_TELEMETRY="1", **settings)
+        env |= hub_settings(self.hub) | dict(HF_HOME=str(self.folder / home), **settings)
         return env | ({"PYTHONPATH": str(ROOT)} if rooms else {})
 
     def run(self, task: str, argument: object, home: str, rooms: bool = False, **settings: str) -> dict[str, Any]:

@@ -5,12 +5,11 @@ before anything else is imported. What was seen is written into FACTS.json.
 """
 
 import json
-import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
+from tests.hub_world import run_client
 from tests.local_hub import LocalHub
 
 TOKEN = "hf_averysecrettokenofthetest"
@@ -71,7 +70,4 @@ def main(hub: LocalHub, merged: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    with LocalHub(lfs=lambda repo, path: path.endswith(".safetensors"), token=TOKEN) as hub:
-        os.environ |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
-        os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "COLUMNS": "200"}
-        Path(sys.argv[1]).write_text(json.dumps(main(hub, Path(sys.argv[2]))))
+    run_client(main, TOKEN)
